@@ -1,0 +1,69 @@
+"""Multi-head attention whose queries, keys and map may come from anywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Scaled dot-product attention with stock fairseq parameter names (q_proj, k_proj, v_proj, out_proj).
+
+    Queries and keys may have different lengths (pooling), and a map that another layer computed may be reused
+    (W2V2-Light's second sharing method, our reading of its abstract): q_proj, k_proj and the softmax are then skipped.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: Optional[int] = None, dropout: float = 0.0):
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"encoder_attention_heads: {heads} heads do not divide encoder_embed_dim {dim}")
+        self.heads = heads
+        self.head_dim = head_dim or dim // heads
+        self.dropout = dropout
+        inner = self.heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner)
+        self.k_proj = nn.Linear(dim, inner)
+        self.v_proj = nn.Linear(dim, inner)
+        self.out_proj = nn.Linear(inner, dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key_value: Tensor,
+        key_mask: Optional[Tensor] = None,
+        attention_map: Optional[Tensor] = None,
+        return_map: bool = False,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Attends from `query` (B, Tq, C) to `key_value` (B, Tk, C); returns the output (B, Tq, C) and the map.
+
+        `key_mask` (B, 1, 1 or Tq, Tk) bool is True where a key may be attended to. `attention_map` (B, heads, Tq, Tk)
+        replaces the computed map. The returned map (before dropout) is None unless `return_map` or a map was given.
+        """
+        value = self._split(self.v_proj(key_value))
+        dropout = self.dropout if self.training else 0.0
+        if attention_map is None and return_map:
+            attention_map = self.attention_map(query, key_value, key_mask)
+        if attention_map is None:
+            mixed = F.scaled_dot_product_attention(
+                self._split(self.q_proj(query)), self._split(self.k_proj(key_value)), value, key_mask, dropout
+            )
+        else:
+            mixed = F.dropout(attention_map, dropout, self.training) @ value
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention_map
+
+    def attention_map(self, query: Tensor, key_value: Tensor, key_mask: Optional[Tensor] = None) -> Tensor:
+        """The attention weights (B, heads, Tq, Tk); rows sum to 1. The softmax is computed in fp32."""
+        scores = self._split(self.q_proj(query) / math.sqrt(self.head_dim)) @ self._split(
+            self.k_proj(key_value)
+        ).transpose(-2, -1)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask, float("-inf"))
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
+        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,150 @@
+"""The Transformer encoder: positions, squeeze, layers through a layer map, unsqueeze."""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Optional
+
+import numpy as np
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from .config import EncoderConfig
+from .layer import EncoderLayer, LayerOutput
+from .masks import FrameMask
+from .operating_point import OperatingPoint
+from .positions import ConvPositions
+from .squeeze import Unsqueeze, squeeze
+
+
+class EncoderOutput(NamedTuple):
+    """What the encoder returns.
+
+    x: (batch, time, channel) at the frame rate of the input, whatever the operating point.
+    layers: one LayerOutput per layer that ran, at the squeezed frame rate.
+    """
+
+    x: Tensor
+    layers: List[LayerOutput]
+
+
+class Encoder(nn.Module):
+    """wav2vec 2.0's Transformer with shared layers, shared attention maps, squeeze and pooling, each off by default.
+
+    Only unique layers are stored; `config.layer_map` says which one runs at each depth. State names are stock
+    fairseq's (`pos_conv`, `layers.N`, `layer_norm`) and SEW's (`upsample`).
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.pos_conv = ConvPositions(config.dim, config.conv_pos, config.conv_pos_groups)
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                config.dim,
+                config.ffn_dim,
+                config.heads,
+                norm_first=config.norm_first,
+                activation=config.activation,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                activation_dropout=config.activation_dropout,
+            )
+            for _ in range(config.unique_layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.dim)
+        self.upsample = Unsqueeze(config.dim, config.unsqueeze_factor) if config.unsqueeze_factor > 1 else None
+        self.apply(_initialise)
+        if self.upsample is not None:
+            nn.init.kaiming_normal_(self.upsample[0].weight, nonlinearity="relu")
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Optional[FrameMask] = None,
+        point: OperatingPoint = OperatingPoint(),
+        last_layer: Optional[int] = None,
+    ) -> EncoderOutput:
+        """Encodes frames `x` (batch, time, channel) at an operating point; `mask` marks the valid frames (None: all).
+
+        With `last_layer`, stops after that depth and leaves out the final norm, as stock does.
+        """
+        config = self.config
+        time = x.size(1)
+        drop_tail = config.squeeze_tail == "drop"
+        if mask is not None:
+            x = x * mask.valid.unsqueeze(-1).to(x.dtype)
+        x = squeeze(x, self.pos_conv, point.squeeze, mask, drop_tail)
+        squeezed_mask = None if mask is None else mask.pooled(point.squeeze, drop_tail)
+        if not config.norm_first:
+            x = self.layer_norm(x)
+        x = F.dropout(x, config.dropout, self.training)
+
+        x, layers = self._run_layers(x, squeezed_mask, point, last_layer)
+
+        if config.norm_first and last_layer is None:
+            x = self.layer_norm(x)
+        if point.squeeze > 1:
+            x = self.upsample(x, point.squeeze, time)
+            if drop_tail and squeezed_mask is not None:
+                x = x * _heard_frames(squeezed_mask, point.squeeze, time).to(x.dtype)
+        return EncoderOutput(x, layers)
+
+    def _run_layers(self, x, mask, point, last_layer):
+        config = self.config
+        layers: List[LayerOutput] = []
+        attention_map = None
+        dropped = False
+        for depth, stored in enumerate(config.layer_map):
+            computes_map = depth % config.attention_map_every == 0
+            shares_map = computes_map and config.attention_map_every > 1 and depth + 1 < config.depth
+            if computes_map:
+                attention_map = None
+                dropped = self.training and config.layerdrop > 0 and np.random.random() <= config.layerdrop
+            if not dropped:
+                output = self._run_layer(
+                    self.layers[stored],
+                    x,
+                    mask,
+                    point.query_pool(depth),
+                    point.kv_pool(depth),
+                    attention_map,
+                    shares_map,
+                )
+                layers.append(output)
+                x, attention_map = output.x, output.attention_map
+            if depth == last_layer:
+                break
+        return x, layers
+
+    def _run_layer(self, layer, *inputs):
+        if self.config.checkpoint_activations and self.training:
+            return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def idle_parameters(self) -> List[nn.Parameter]:
+        """Parameters that some operating point or the map sharing leaves without a gradient.
+
+        The unsqueeze layer at squeeze 1, and the query and key projections of stored layers that only reuse maps.
+        """
+        every = self.config.attention_map_every
+        computing = {stored for depth, stored in enumerate(self.config.layer_map) if depth % every == 0}
+        idle = [] if self.upsample is None else list(self.upsample.parameters())
+        for stored, layer in enumerate(self.layers):
+            if stored not in computing:
+                idle += [*layer.self_attn.q_proj.parameters(), *layer.self_attn.k_proj.parameters()]
+        return idle
+
+
+def _heard_frames(squeezed_mask: FrameMask, factor: int, time: int) -> Tensor:
+    """(batch, time, 1) bool: frames of windows that were not dropped; the others are zero, as in SEW."""
+    heard = squeezed_mask.valid.repeat_interleave(factor, dim=1)[:, :time]
+    return F.pad(heard, (0, time - heard.size(1))).unsqueeze(-1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """BERT's initialisation of Linears, as stock fairseq has it: N(0, 0.02), biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,130 @@
+"""The convolutional frontend: waveform in, frames out."""
+
+from __future__ import annotations
+
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ConvLayer = Tuple[int, int, int]
+
+
+def frame_lengths(samples, conv_layers: Sequence[ConvLayer]):
+    """Frames that the frontend makes of `samples` (int or Tensor): floor((n - kernel) / stride) + 1 per layer."""
+    for _, kernel, stride in conv_layers:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+def receptive_field(conv_layers: Sequence[ConvLayer]) -> Tuple[int, int]:
+    """Samples that one frame hears, and samples from one frame to the next; (400, 320) for stock wav2vec 2.0."""
+    field, hop = 1, 1
+    for _, kernel, stride in conv_layers:
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field, hop
+
+
+class ChannelLayerNorm(nn.Sequential):
+    """LayerNorm over the channels of (batch, channel, time), computed in fp32.
+
+    Stock state names: the norm is element 1 of its Sequential (`conv_layers.0.2.1.weight`).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(nn.Identity(), nn.LayerNorm(channels))
+
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        norm = self[1]
+        y = F.layer_norm(
+            x.transpose(1, 2).float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+        )
+        return y.type_as(x).transpose(1, 2)
+
+
+class TimeGroupNorm(nn.GroupNorm):
+    """GroupNorm with one group per channel: statistics over time, in fp32, of the valid frames only.
+
+    Without lengths it is stock fairseq's Fp32GroupNorm. Stock takes padding into the statistics of a padded batch
+    (pytorch/audio#2242, fairseq#3227); here an utterance gets the same result in any batch.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels)
+
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        """(batch, channel, time) -> the same; `lengths` (batch,) in frames."""
+        y = x.float()
+        if lengths is None:
+            y = F.group_norm(y, self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+            return y.type_as(x)
+        valid = (torch.arange(x.size(-1), device=x.device) < lengths.unsqueeze(1)).unsqueeze(1)
+        count = lengths.view(-1, 1, 1)
+        mean = (y * valid).sum(-1, keepdim=True) / count
+        centred = (y - mean) * valid
+        variance = centred.square().sum(-1, keepdim=True) / count
+        y = centred * (variance + self.eps).rsqrt() * self.weight.float()[:, None] + self.bias.float()[:, None]
+        return y.type_as(x)
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, optional norm, GELU. Stock state names: the convolution is element 0, the norm element 2."""
+
+    def __init__(self, in_channels: int, layer: ConvLayer, norm: Optional[nn.Module], bias: bool):
+        channels, kernel, stride = layer
+        conv = nn.Conv1d(in_channels, channels, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(conv.weight)
+        super().__init__(conv, nn.Identity(), *([] if norm is None else [norm]), nn.GELU())
+
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+        x = self[0](x)
+        if len(self) == 4:
+            x = self[2](x, lengths)
+        return F.gelu(x)
+
+
+class Frontend(nn.Module):
+    """wav2vec 2.0's convolutional feature extractor, with any layer shapes (SEW's WFE-C among them).
+
+    norm "group" (stock `extractor_mode: default`): TimeGroupNorm after the first layer; "layer" (`layer_norm`):
+    LayerNorm after every layer. Stock state names `conv_layers.N.0.weight` and so on.
+    """
+
+    def __init__(self, conv_layers: Sequence[ConvLayer], norm: str = "group", bias: bool = False):
+        super().__init__()
+        if norm not in ("group", "layer"):
+            raise ValueError(f"extractor norm: found '{norm}', expected 'group' or 'layer'")
+        self.shapes: List[ConvLayer] = [tuple(layer) for layer in conv_layers]
+        self.conv_layers = nn.ModuleList()
+        in_channels = 1
+        for index, layer in enumerate(self.shapes):
+            channels = layer[0]
+            block_norm = None
+            if norm == "layer":
+                block_norm = ChannelLayerNorm(channels)
+            elif index == 0:
+                block_norm = TimeGroupNorm(channels)
+            self.conv_layers.append(ConvBlock(in_channels, layer, block_norm, bias))
+            in_channels = channels
+
+    def forward(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """Turns `wave` (batch, samples) into frames (batch, time, channel).
+
+        `lengths` (batch,) are the valid samples of each row, None when nothing is padded; the second result holds the
+        valid frames in the same way. Raises ValueError when an utterance is shorter than one receptive field.
+        """
+        field, _ = receptive_field(self.shapes)
+        shortest = wave.size(-1) if lengths is None else int(lengths.min())
+        if shortest < field:
+            raise ValueError(
+                f"audio of {shortest} samples is too short: the frontend needs at least {field} samples "
+                f"({field / 16:.1f} ms at 16 kHz) to make one frame; drop the utterance or raise task.min_sample_size"
+            )
+        x = wave.unsqueeze(1)
+        for block, (_, kernel, stride) in zip(self.conv_layers, self.shapes):
+            if lengths is not None:
+                lengths = (lengths - kernel) // stride + 1
+            x = block(x, lengths)
+        return x.transpose(1, 2), lengths

@@ -1,0 +1,87 @@
+"""One Transformer layer: post-LN (base) or pre-LN (large), with pooled attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor, nn
+
+from .activations import get_activation
+from .attention import MultiheadAttention
+from .masks import FrameMask
+from .pooling import mean_pool, repeat_frames
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns.
+
+    x: (batch, time, channel), the layer's output.
+    ffn: (batch, time, channel), the FFN's output before its residual (fairseq's `layer_result`).
+    attention_map: (batch, heads, query time, key time) or None.
+    """
+
+    x: Tensor
+    ffn: Tensor
+    attention_map: Optional[Tensor]
+
+
+class EncoderLayer(nn.Module):
+    """wav2vec 2.0 Transformer layer with stock fairseq parameter names.
+
+    Query pooling attends from the mean of every `query_pool` frames and repeats the result over them before it is
+    added to the residual; key-value pooling attends to the means of `kv_pool` frames. Residual and FFN stay at the
+    layer's own rate, so that every layer may pool differently. The abstract of stochastic wav2vec 2.0 (arXiv
+    2204.11934) names both poolings and says no more: where and how we pool is our reading.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        head_dim: Optional[int] = None,
+        norm_first: bool = False,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm_first = norm_first
+        self.activation = get_activation(activation)
+        self.self_attn = MultiheadAttention(dim, heads, head_dim, attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.activation_dropout = nn.Dropout(activation_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Optional[FrameMask] = None,
+        query_pool: int = 1,
+        kv_pool: int = 1,
+        attention_map: Optional[Tensor] = None,
+        return_map: bool = False,
+    ) -> LayerOutput:
+        """Transforms `x` (batch, time, channel); `mask` marks its valid frames (None: all)."""
+        hidden = self.self_attn_layer_norm(x) if self.norm_first else x
+        hidden, attention_map = self.self_attn(
+            mean_pool(hidden, query_pool, mask),
+            mean_pool(hidden, kv_pool, mask),
+            None if mask is None else mask.pooled(kv_pool).attention,
+            attention_map,
+            return_map,
+        )
+        x = x + repeat_frames(self.dropout(hidden), query_pool, x.size(1))
+        if not self.norm_first:
+            x = self.self_attn_layer_norm(x)
+
+        ffn = self.final_layer_norm(x) if self.norm_first else x
+        ffn = self.fc2(self.activation_dropout(self.activation(self.fc1(ffn))))
+        x = x + self.dropout(ffn)
+        if not self.norm_first:
+            x = self.final_layer_norm(x)
+        return LayerOutput(x, ffn, attention_map)

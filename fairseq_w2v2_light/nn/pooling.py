@@ -1,0 +1,41 @@
+"""Pooling over time and its inverse, for any length and padding."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masks import FrameMask, pooled_length
+
+
+def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tail: bool = False) -> Tensor:
+    """Averages windows of `factor` frames: (batch, time, channel) -> (batch, ceil(time / factor), channel).
+
+    Windows start at frame 0. The mean is over the valid frames of a window, so a last window that is not full, and
+    padding, change nothing. With `drop_tail` a last window that is not full is left out (SEW), unless it is the only.
+    """
+    if factor == 1:
+        return x
+    batch, time, channels = x.shape
+    windows = pooled_length(time, factor, drop_tail)
+    if mask is None and windows * factor <= time:
+        return x[:, : windows * factor].unflatten(1, (windows, factor)).mean(2)
+
+    if mask is None:
+        weights = x.new_ones(1, time, 1)
+    else:
+        weights = mask.valid.unsqueeze(-1).to(x.dtype)
+        x = x * weights
+    end = windows * factor - time
+    sums = F.pad(x, (0, 0, 0, end)).unflatten(1, (windows, factor)).sum(2)
+    counts = F.pad(weights, (0, 0, 0, end)).unflatten(1, (windows, factor)).sum(2)
+    return sums / counts.clamp(min=1)
+
+
+def repeat_frames(x: Tensor, factor: int, time: int) -> Tensor:
+    """Repeats every frame `factor` times and cuts to `time` frames: the inverse of pooling for a constant signal."""
+    if factor == 1:
+        return x
+    return x.repeat_interleave(factor, dim=1)[:, :time]

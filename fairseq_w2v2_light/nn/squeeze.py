@@ -1,0 +1,57 @@
+"""Squeeze and unsqueeze: run the Transformer at 1/s of the frame rate, for one s (SEW) or several (stochastic)."""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .masks import FrameMask
+from .pooling import mean_pool
+from .positions import ConvPositions
+
+
+def squeeze(
+    x: Tensor, positions: ConvPositions, factor: int, mask: Optional[FrameMask] = None, drop_tail: bool = False
+) -> Tensor:
+    """Adds positions and reduces the rate: (batch, time, channel) -> (batch, about time / factor, channel).
+
+    SEW's squeeze: mean of every `factor` frames plus the strided positional convolution. With factor 1 it is the
+    stock sum of frames and positions. `x` must be 0 on padded frames.
+    """
+    pooled = mean_pool(x, factor, mask, drop_tail)
+    return pooled + positions(x, stride=factor)[:, : pooled.size(1)]
+
+
+class Unsqueeze(nn.Sequential):
+    """SEW's upsampling Linear(d -> f d) + GELU, one set of weights for every factor up to f.
+
+    f is the largest squeeze factor that the model is trained with. At factor f this is SEW's layer: rows i d to
+    (i + 1) d make sub-frame i. At a smaller factor s, sub-frame j uses the block that lies at the same relative
+    position in the window, floor((2 j + 1) f / (2 s)). How stochastic wav2vec 2.0 (arXiv 2204.11934) upsamples is not
+    public; this is our design. State names are SEW's: `upsample.0.weight` (f d, d), `upsample.0.bias`.
+    """
+
+    def __init__(self, dim: int, factor: int):
+        super().__init__(nn.Linear(dim, factor * dim))
+        self.dim = dim
+        self.factor = factor
+
+    def blocks(self, factor: int) -> List[int]:
+        """Which of the f weight blocks makes each of the `factor` sub-frames; for f = 4, factor 2: [1, 3]."""
+        return [(2 * frame + 1) * self.factor // (2 * factor) for frame in range(factor)]
+
+    def forward(self, x: Tensor, factor: int, time: int) -> Tensor:
+        """(batch, squeezed time, channel) -> (batch, time, channel); frames beyond the last window are zero (SEW)."""
+        linear = self[0]
+        if factor == self.factor:
+            y = linear(x)
+        else:
+            blocks = torch.tensor(self.blocks(factor), device=x.device)
+            weight = linear.weight.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten(0, 1)
+            bias = linear.bias.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten()
+            y = F.linear(x, weight, bias)
+        y = F.gelu(y).unflatten(-1, (factor, self.dim)).flatten(1, 2)[:, :time]
+        return F.pad(y, (0, 0, 0, time - y.size(1)))
