@@ -1,0 +1,20 @@
+"""fairseq's view of `nn/`: configurations, registered models, checkpoint naming."""
+
+from .light_ctc import LightCtc, LightCtcConfig
+from .w2v2_light import (
+    StochasticSEWConfig,
+    StochasticSEWModel,
+    W2V2LightConfig,
+    W2V2LightModel,
+    network_config,
+)
+
+__all__ = [
+    "LightCtc",
+    "LightCtcConfig",
+    "StochasticSEWConfig",
+    "StochasticSEWModel",
+    "W2V2LightConfig",
+    "W2V2LightModel",
+    "network_config",
+]

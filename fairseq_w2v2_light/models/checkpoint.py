@@ -1,0 +1,136 @@
+"""Checkpoints of wav2vec 2.0 encoders, from fairseq's own models or ours, brought to one form."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
+STOCK_ENCODER = "wav2vec2"
+CTC_MODELS = ("wav2vec_ctc", "light_ctc")
+
+
+@dataclass
+class EncoderCheckpoint:
+    """An encoder's configuration and weights.
+
+    cfg: the pre-training run's configuration (`model` and `task` sections), its model one of ours.
+    model: state dict of that model. head: weights of the CTC projection (`weight`, `bias`) when the checkpoint was a
+    fine-tuned one, and symbols its dictionary, in order.
+    """
+
+    cfg: DictConfig
+    model: Dict[str, torch.Tensor]
+    head: Optional[Dict[str, torch.Tensor]] = None
+    symbols: Optional[List[str]] = None
+
+
+def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
+    """Reads a fairseq checkpoint file; `key` names the setting in messages.
+
+    Raises FileNotFoundError when there is no such file and ValueError when it is not a fairseq checkpoint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{key}: no file '{path}'; give the path of a checkpoint (.pt) that exists")
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    except Exception as error:
+        raise ValueError(
+            f"{key}: '{path}' cannot be read as a fairseq checkpoint ({type(error).__name__}: {error}); "
+            "expected a .pt file that fairseq-hydra-train saved"
+        ) from error
+    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
+        raise ValueError(
+            f"{key}: '{path}' holds no fairseq model (expected the entries 'model' and 'cfg'); "
+            "expected a .pt file that fairseq-hydra-train saved"
+        )
+    if state.get("cfg") is None:
+        state["cfg"] = convert_namespace_to_omegaconf(state["args"])
+    return state
+
+
+def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
+    """Reads the encoder of a pre-trained or fine-tuned checkpoint, stock fairseq's or ours.
+
+    A stock `wav2vec2` model becomes `w2v2_light` with every mechanism off (the parameter names are the same). Raises
+    as `load_state` does, and ValueError for a checkpoint of another model.
+    """
+    state = load_state(path, key)
+    name = model_name(state["cfg"])
+    if name not in (STOCK_ENCODER, *ENCODER_MODELS, *CTC_MODELS):
+        raise ValueError(
+            f"{key}: '{path}' is a checkpoint of model '{name}'; expected one of "
+            f"{', '.join((STOCK_ENCODER, *ENCODER_MODELS, *CTC_MODELS))}"
+        )
+    if name not in CTC_MODELS:
+        return EncoderCheckpoint(as_light(state["cfg"]), state["model"])
+
+    encoder_cfg = state["cfg"].model.w2v_args
+    if encoder_cfg is None or model_name(encoder_cfg) not in (STOCK_ENCODER, *ENCODER_MODELS):
+        raise ValueError(f"{key}: '{path}' is a CTC checkpoint whose encoder is not a wav2vec 2.0 model")
+    prefix = "w2v_encoder.w2v_model."
+    weights = {name[len(prefix) :]: value for name, value in state["model"].items() if name.startswith(prefix)}
+    head = {part: state["model"].get(f"w2v_encoder.proj.{part}") for part in ("weight", "bias")}
+    dictionary = (state.get("task_state") or {}).get("target_dictionary")
+    return EncoderCheckpoint(
+        as_light(encoder_cfg),
+        weights,
+        None if head["weight"] is None else head,
+        None if dictionary is None else list(dictionary.symbols),
+    )
+
+
+def model_name(cfg: DictConfig) -> str:
+    """The registered name of the model in a checkpoint's configuration ('' when it has none)."""
+    model = cfg.get("model")
+    if model is None:
+        return ""
+    return str(model.get("_name") or model.get("arch") or "")
+
+
+def as_light(cfg: DictConfig) -> DictConfig:
+    """The configuration with all of our model keys: stock `wav2vec2` becomes `w2v2_light`, missing keys defaults."""
+    name = model_name(cfg)
+    name = "w2v2_light" if name == STOCK_ENCODER else name
+    return OmegaConf.create({**_sections(cfg), "model": complete_model(cfg.model, name)}, flags={"allow_objects": True})
+
+
+def complete_model(model, name: str) -> DictConfig:
+    """`model` with the default of every key of the registered model `name` that it does not list."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(MODEL_DATACLASS_REGISTRY[name]()), enum_to_str=True)
+    defaults["operating_point_seed"] = 1
+    given = OmegaConf.to_container(model, enum_to_str=True) if OmegaConf.is_config(model) else dict(model)
+    # a key of another section of the run (`${common.seed}`) cannot be looked up here
+    given = {key: value for key, value in given.items() if value is not None and not str(value).startswith("${")}
+    return OmegaConf.create({**defaults, **given, "_name": name})
+
+
+def _sections(cfg: DictConfig) -> Dict[str, Any]:
+    return {key: cfg[key] for key in cfg if key != "model"}
+
+
+def update_model(cfg: DictConfig, changes: Dict[str, Any]) -> None:
+    """Sets keys of `cfg.model` in place, new ones included."""
+    with open_dict(cfg):
+        for key, value in changes.items():
+            cfg.model[key] = value
+
+
+@contextlib.contextmanager
+def checkpoint_reader(read: Callable[..., Dict[str, Any]]) -> Iterator[None]:
+    """While active, fairseq reads checkpoints through `read(path, arg_overrides)`.
+
+    Stock Wav2VecEncoder reads, overrides and builds in one constructor; this hands it a state that is already read.
+    """
+    original = checkpoint_utils.load_checkpoint_to_cpu
+    checkpoint_utils.load_checkpoint_to_cpu = read
+    try:
+        yield
+    finally:
+        checkpoint_utils.load_checkpoint_to_cpu = original

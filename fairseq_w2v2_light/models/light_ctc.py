@@ -1,0 +1,136 @@
+"""`light_ctc`: fine-tuning by CTC that can also change the operating points of the pre-trained model."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+import torch
+from fairseq.dataclass.utils import overwrite_args_by_name
+from fairseq.models import register_model
+from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig, Wav2VecCtc, Wav2VecEncoder
+from omegaconf import II, OmegaConf, open_dict
+
+from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, update_model
+from .recipe import read_recipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LightCtcConfig(Wav2Vec2CtcConfig):
+    w2v_path: str = field(
+        default="",
+        metadata={"help": "pre-trained or fine-tuned checkpoint to start from: ours, or stock wav2vec2 / wav2vec_ctc"},
+    )
+    recipe: str = field(
+        default="",
+        metadata={
+            "help": "train from scratch: a pre-training recipe (YAML path, or name such as pretraining/w2v2_light_tiny) "
+            "that describes the encoder; used when w2v_path is empty"
+        },
+    )
+    recipe_overrides: Any = field(
+        default=None, metadata={"help": "model keys to change in the recipe, as a dict, e.g. {encoder_layers: 6}"}
+    )
+    operating_point: str = field(
+        default="",
+        metadata={
+            "help": "fine-tune (and run) at this point only, e.g. s2q1k2; 'stochastic': draw one per update; "
+            "empty: as in the pre-trained model"
+        },
+    )
+    squeeze_factors: Optional[List[int]] = field(
+        default=None, metadata={"help": "squeeze factors to draw from while fine-tuning; null: as pre-trained"}
+    )
+    query_pools: Optional[List[int]] = field(
+        default=None, metadata={"help": "query pooling factors to draw from while fine-tuning; null: as pre-trained"}
+    )
+    kv_pools: Optional[List[int]] = field(
+        default=None, metadata={"help": "key-value pooling factors to draw from while fine-tuning; null: as pre-trained"}
+    )
+    operating_point_seed: int = field(
+        default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}
+    )
+
+
+@register_model("light_ctc", dataclass=LightCtcConfig)
+class LightCtc(Wav2VecCtc):
+    """fairseq's Wav2VecCtc over an encoder of ours, with the plugin's keys at hand."""
+
+    @classmethod
+    def build_model(cls, cfg: LightCtcConfig, task):
+        """Builds the model; `task.target_dictionary` gives the labels."""
+        return cls(cfg, LightCtcEncoder(cfg, list(task.target_dictionary.symbols)))
+
+
+class LightCtcEncoder(Wav2VecEncoder):
+    """fairseq's Wav2VecEncoder, started from any wav2vec 2.0 checkpoint or from a recipe."""
+
+    def __init__(self, cfg: LightCtcConfig, symbols: List[str]):
+        start = None
+        if cfg.w2v_args is None:
+            start = self._start(cfg)
+            update_model(start.cfg, _changes(cfg, start))
+            self._check_normalize(cfg, start)
+            if start.model is None:
+                with open_dict(cfg):
+                    cfg.no_pretrained_weights = True
+
+            def read(path, arg_overrides=None):
+                overwrite_args_by_name(start.cfg, arg_overrides or {})
+                return {"cfg": start.cfg, "model": dict(start.model or {})}
+
+            with checkpoint_reader(read):
+                super().__init__(cfg, len(symbols))
+        else:
+            super().__init__(cfg, len(symbols))
+        if start is not None and start.head is not None:
+            self._copy_head(start, symbols)
+
+    @staticmethod
+    def _start(cfg) -> EncoderCheckpoint:
+        if cfg.w2v_path:
+            start = load_encoder(cfg.w2v_path, "model.w2v_path")
+            heads = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "_ema")
+            start.model = {key: value for key, value in start.model.items() if not key.startswith(heads)}
+            return start
+        if cfg.recipe:
+            return EncoderCheckpoint(read_recipe(cfg.recipe, cfg.recipe_overrides or {}), None)
+        raise ValueError(
+            "light_ctc: neither model.w2v_path (a checkpoint to fine-tune) nor model.recipe (train from scratch) is "
+            "set; give one, e.g. model.w2v_path=/absolute/path/checkpoint_best.pt"
+        )
+
+    @staticmethod
+    def _check_normalize(cfg, start: EncoderCheckpoint) -> None:
+        trained = bool(start.cfg.task.get("normalize", False))
+        if bool(cfg.normalize) != trained:
+            raise ValueError(
+                f"task.normalize: found {bool(cfg.normalize)}, but the encoder was pre-trained with {trained}; "
+                f"set task.normalize={str(trained).lower()}"
+            )
+
+    def _copy_head(self, start: EncoderCheckpoint, symbols: List[str]) -> None:
+        if start.symbols != symbols or start.head["weight"].shape != self.proj.weight.shape:
+            logger.info("the CTC projection of the checkpoint has another dictionary: initialised anew")
+            return
+        with torch.no_grad():
+            self.proj.weight.copy_(start.head["weight"])
+            self.proj.bias.copy_(start.head["bias"])
+        logger.info("the CTC projection was copied from the checkpoint")
+
+
+def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
+    """The model keys that fine-tuning sets anew."""
+    model = start.cfg.model
+    changes = {
+        "operating_point_seed": cfg.operating_point_seed if isinstance(cfg.operating_point_seed, int) else 1,
+        "unsqueeze_factor": model.unsqueeze_factor or max(model.squeeze_factors),
+    }
+    for key in ("squeeze_factors", "query_pools", "kv_pools"):
+        value = getattr(cfg, key, None)
+        if value is not None:
+            changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else list(value)
+    if cfg.operating_point:
+        changes["operating_point"] = cfg.operating_point
+    return changes

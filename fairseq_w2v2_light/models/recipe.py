@@ -1,0 +1,59 @@
+"""Recipes: the hydra YAML files in `config/`, read without hydra."""
+
+from pathlib import Path
+from typing import Any, Dict
+
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+
+from ..paths import config_dir
+from .checkpoint import ENCODER_MODELS, STOCK_ENCODER, complete_model, model_name
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe: a YAML path, or a name below `config/` such as pretraining/w2v2_light_tiny.
+
+    Raises FileNotFoundError that lists the recipes that exist.
+    """
+    named = config_dir() / recipe
+    for path in (Path(recipe), named.with_name(named.name + ".yaml"), named):
+        if path.is_file():
+            return path
+    known = sorted(str(path.relative_to(config_dir()).with_suffix("")) for path in config_dir().rglob("*.yaml"))
+    raise FileNotFoundError(f"recipe '{recipe}': no such file or name; the shipped ones are {', '.join(known)}")
+
+
+def load_recipe(recipe: str) -> DictConfig:
+    """The YAML content of a recipe; raises ValueError unless it has a `model` section with a registered `_name`."""
+    path = recipe_path(recipe)
+    try:
+        cfg = OmegaConf.load(str(path))
+    except Exception as error:
+        raise ValueError(f"recipe '{path}': not readable as YAML ({error})") from error
+    name = model_name(cfg) if OmegaConf.is_dict(cfg) else ""
+    if name not in MODEL_DATACLASS_REGISTRY:
+        raise ValueError(f"recipe '{path}': model._name is '{name}', which is no registered fairseq model")
+    return cfg
+
+
+def read_recipe(recipe: str, overrides: Dict[str, Any]) -> DictConfig:
+    """The `model` and `task` sections of a pre-training recipe, complete with defaults, for one of our encoders.
+
+    Raises ValueError for a recipe of another model and for an override that the model does not have.
+    """
+    cfg = load_recipe(recipe)
+    name = "w2v2_light" if model_name(cfg) == STOCK_ENCODER else model_name(cfg)
+    if name not in ENCODER_MODELS:
+        raise ValueError(f"recipe '{recipe}': describes a '{name}', expected one of {', '.join(ENCODER_MODELS)}")
+    model = complete_model(cfg.model, name)
+    for key, value in overrides.items():
+        if key not in model:
+            raise ValueError(f"recipe_overrides: '{key}' is no key of {name}")
+        model[key] = value
+    task = {"_name": "audio_pretraining", "data": "", "normalize": False, **_resolved_task(cfg)}
+    return OmegaConf.create({"model": model, "task": task})
+
+
+def _resolved_task(cfg: DictConfig) -> Dict[str, Any]:
+    task = OmegaConf.to_container(cfg.task) if cfg.get("task") is not None else {}
+    return {key: value for key, value in task.items() if value not in (None, "???")}

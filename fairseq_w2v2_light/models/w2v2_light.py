@@ -1,0 +1,451 @@
+"""`w2v2_light` and `stochastic_sew`: wav2vec 2.0 pre-training models with shared layers and stochastic compute."""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq.models import register_model
+from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
+from fairseq.modules import GradMultiply, GumbelVectorQuantizer
+from omegaconf import II
+from torch import nn
+
+from ..nn.backbone import Backbone
+from ..nn.config import EncoderConfig, encoder_config
+from ..nn.heads import ProjectionMLP
+from ..nn.masks import FrameMask
+from ..nn.operating_point import OperatingPoint
+from .masking import span_mask, training_randomness
+
+STOCHASTIC = "stochastic"
+WFE_C = (
+    "[(64, 10, 5), (128, 3, 2), (128, 1, 1), (128, 3, 2), (128, 1, 1), (256, 3, 2), (256, 1, 1), (256, 3, 2), "
+    "(256, 1, 1), (512, 2, 2), (512, 1, 1), (512, 2, 2), (512, 1, 1)]"
+)
+
+
+@dataclass
+class W2V2LightConfig(Wav2Vec2Config):
+    unique_layers: int = field(
+        default=0, metadata={"help": "stored Transformer layers that serve all encoder_layers; 0: one each, no sharing"}
+    )
+    layer_map: str = field(
+        default="",
+        metadata={
+            "help": "which stored layer runs at each depth: 'groups' (neighbours share; the default), 'cycle', or a "
+            "list such as '0,0,1,1' or '0x6,1x6'"
+        },
+    )
+    attention_map_every: int = field(
+        default=1,
+        metadata={"help": "compute an attention map at every n-th layer; the layers between reuse it (1: no sharing)"},
+    )
+    squeeze_factors: List[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "squeeze factors to draw from in training: the Transformer runs at 1/s of the frame rate"},
+    )
+    query_pools: List[int] = field(
+        default_factory=lambda: [1], metadata={"help": "query pooling factors to draw from in training"}
+    )
+    kv_pools: List[int] = field(
+        default_factory=lambda: [1], metadata={"help": "key-value pooling factors to draw from in training"}
+    )
+    pool_per_layer: bool = field(
+        default=False, metadata={"help": "draw query and key-value pooling for every layer, not once for the model"}
+    )
+    operating_point: str = field(
+        default="",
+        metadata={
+            "help": "run at this point only, in training and inference, e.g. s2q1k2; empty or 'stochastic': training "
+            "draws one per update from squeeze_factors, query_pools and kv_pools, inference uses the smallest of each"
+        },
+    )
+    operating_point_seed: int = field(
+        default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}
+    )
+    unsqueeze_factor: int = field(
+        default=0,
+        metadata={"help": "largest squeeze factor that the unsqueeze layer has weights for; 0: max(squeeze_factors)"},
+    )
+    squeeze_tail: str = field(
+        default="keep",
+        metadata={"help": "a last squeeze window that is not full: 'keep' pools its frames, 'drop' zeroes them (SEW)"},
+    )
+    projection: str = field(
+        default="linear", metadata={"help": "pre-training heads: 'linear' (stock) or 'mlp' (SEW, with BatchNorm)"}
+    )
+    projection_hidden_dim: int = field(default=4096, metadata={"help": "hidden width of the 'mlp' projection"})
+
+
+def network_config(cfg: W2V2LightConfig) -> EncoderConfig:
+    """The plain-torch configuration of a fairseq model configuration.
+
+    Raises ValueError that names the key for what `w2v2_light` does not have (conformer layers, stacked positions,
+    quantised inputs) and for malformed values.
+    """
+    for key, expected in (("layer_type", "transformer"), ("pos_conv_depth", 1), ("quantize_input", False)):
+        found = getattr(cfg, key, expected)
+        if str(found) != str(expected):
+            raise ValueError(f"model.{key}: found {found}, expected {expected}: w2v2_light has no other")
+    return encoder_config(
+        conv_feature_layers=cfg.conv_feature_layers,
+        extractor_norm={"default": "group", "layer_norm": "layer"}[str(cfg.extractor_mode)],
+        conv_bias=bool(cfg.conv_bias),
+        dim=cfg.encoder_embed_dim,
+        ffn_dim=cfg.encoder_ffn_embed_dim,
+        heads=cfg.encoder_attention_heads,
+        norm_first=bool(cfg.layer_norm_first),
+        activation=str(cfg.activation_fn),
+        conv_pos=cfg.conv_pos,
+        conv_pos_groups=cfg.conv_pos_groups,
+        encoder_layers=cfg.encoder_layers,
+        layer_map=cfg.layer_map,
+        unique_layers=cfg.unique_layers,
+        attention_map_every=cfg.attention_map_every,
+        squeeze_factors=tuple(cfg.squeeze_factors),
+        query_pools=tuple(cfg.query_pools),
+        kv_pools=tuple(cfg.kv_pools),
+        pool_per_layer=bool(cfg.pool_per_layer),
+        unsqueeze_factor=cfg.unsqueeze_factor or None,
+        squeeze_tail=cfg.squeeze_tail,
+        dropout=cfg.dropout,
+        attention_dropout=cfg.attention_dropout,
+        activation_dropout=cfg.activation_dropout,
+        layerdrop=cfg.encoder_layerdrop,
+        checkpoint_activations=bool(cfg.checkpoint_activations),
+    )
+
+
+@register_model("w2v2_light", dataclass=W2V2LightConfig)
+class W2V2LightModel(Wav2Vec2Model, Backbone):
+    """wav2vec 2.0 for fairseq with W2V2-Light's sharing and stochastic SEW's operating points.
+
+    With every mechanism off it computes what fairseq's Wav2Vec2Model computes, from the same state dict. Masking,
+    negatives and predictions are inherited; frontend and encoder are `nn.Backbone`.
+    """
+
+    def __init__(self, cfg: W2V2LightConfig):
+        Backbone.__init__(self, network_config(cfg))
+        self._is_generation_fast = False
+        self.cfg = cfg
+        self.num_updates: Optional[int] = None
+        self.calls = 0
+        self.seed = cfg.operating_point_seed if isinstance(cfg.operating_point_seed, int) else 1
+        self.operating_point: Optional[OperatingPoint] = None
+        if cfg.operating_point not in ("", STOCHASTIC):
+            self.operating_point = self.check_operating_point(cfg.operating_point)
+        self._copy_masking(cfg)
+        self._build_heads(cfg)
+
+    @property
+    def embed(self) -> int:
+        """Channels of the frontend (stock's name for them)."""
+        return self.config.features_dim
+
+    def _copy_masking(self, cfg) -> None:
+        for key in (
+            "mask_prob",
+            "mask_selection",
+            "mask_other",
+            "mask_length",
+            "no_mask_overlap",
+            "mask_min_space",
+            "mask_channel_prob",
+            "mask_channel_before",
+            "mask_channel_selection",
+            "mask_channel_other",
+            "mask_channel_length",
+            "no_mask_channel_overlap",
+            "mask_channel_min_space",
+            "cross_sample_negatives",
+            "codebook_negatives",
+            "negatives_from_everywhere",
+            "logit_temp",
+            "feature_grad_mult",
+            "crop_seq_to_multiple",
+        ):
+            setattr(self, key, getattr(cfg, key))
+        self.n_negatives = cfg.num_negatives
+        self.dropout_input = nn.Dropout(cfg.dropout_input)
+        self.dropout_features = nn.Dropout(cfg.dropout_features)
+        self.mask_emb = nn.Parameter(torch.empty(cfg.encoder_embed_dim).uniform_())
+
+    def _build_heads(self, cfg) -> None:
+        if cfg.projection not in ("linear", "mlp"):
+            raise ValueError(f"model.projection: found '{cfg.projection}', expected 'linear' or 'mlp'")
+
+        def projection(in_dim, out_dim):
+            if cfg.projection == "mlp":
+                return ProjectionMLP(in_dim, out_dim, cfg.projection_hidden_dim)
+            return nn.Linear(in_dim, out_dim)
+
+        final_dim = cfg.final_dim if cfg.final_dim > 0 else cfg.encoder_embed_dim
+        target_dim = self.embed
+        self.quantizer = self.input_quantizer = self.target_glu = None
+        if cfg.quantize_targets:
+            target_dim = cfg.latent_dim if cfg.latent_dim > 0 else final_dim
+            self.quantizer = GumbelVectorQuantizer(
+                dim=self.embed,
+                num_vars=cfg.latent_vars,
+                temp=cfg.latent_temp,
+                groups=cfg.latent_groups,
+                combine_groups=False,
+                vq_dim=target_dim,
+                time_first=True,
+                weight_proj_depth=cfg.quantizer_depth,
+                weight_proj_factor=cfg.quantizer_factor,
+            )
+        self.project_q = projection(target_dim, final_dim)
+        if cfg.target_glu:
+            self.target_glu = nn.Sequential(nn.Linear(final_dim, final_dim * 2), nn.GLU())
+        self.final_proj = projection(cfg.encoder_embed_dim, final_dim)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by the trainer before every step; operating point, masks and dropped layers are functions of it."""
+        super().set_num_updates(num_updates)
+        if num_updates != self.num_updates:
+            self.calls = 0
+        self.num_updates = num_updates
+
+    def check_operating_point(self, point) -> OperatingPoint:
+        """Parses `point` (text or OperatingPoint); raises ValueError when the model was not trained for it."""
+        point = OperatingPoint.parse(point) if isinstance(point, str) else point
+        return self.config.operating_points.check(point)
+
+    def current_operating_point(self) -> OperatingPoint:
+        """The fixed point if there is one; else the drawn one in training and the least reduction in inference."""
+        if self.operating_point is not None:
+            return self.operating_point
+        space = self.config.operating_points
+        if self.training and space.is_stochastic:
+            return space.draw(self.seed, self.num_updates or 0)
+        return space.default
+
+    def forward(
+        self,
+        source,
+        padding_mask=None,
+        mask=True,
+        features_only=False,
+        layer=None,
+        mask_indices=None,
+        mask_channel_indices=None,
+        padding_count=None,
+        operating_point=None,
+        **kwargs,
+    ) -> Dict[str, Any]:
+        """Stock Wav2Vec2Model.forward, plus `operating_point` (text or OperatingPoint) to choose one for this call.
+
+        source: (batch, samples); padding_mask: (batch, samples) bool, True on padding. Returns stock's dict: with
+        `features_only` x (batch, time, channel), padding_mask, features, layer_results; else x, the logits (1 +
+        negatives, batch, masked time), and the terms of the loss.
+        """
+        point = (
+            self.current_operating_point() if operating_point is None else self.check_operating_point(operating_point)
+        )
+        _require_finite(source)
+        frames, frame_mask = self._extract_frames(source, padding_mask)
+        features_pen = _mean_square(frames, frame_mask)
+        frames = self.layer_norm(frames)
+        frames, frame_mask = self._crop(frames, frame_mask)
+        padding = None if frame_mask is None else ~frame_mask.valid
+
+        x = self.dropout_input(self.project(frames))
+        unmasked = self.dropout_features(frames)
+        with training_randomness(self.seed, self.num_updates, self.calls):
+            if mask:
+                x, mask_indices = self.apply_mask(x, padding, mask_indices, mask_channel_indices)
+            else:
+                mask_indices = None
+            encoded = self.encoder(x, frame_mask, point, layer)
+        self.calls += 1
+        x = self._keep_idle_parameters(encoded.x)
+
+        if features_only:
+            return {
+                "x": x,
+                "padding_mask": padding,
+                "features": unmasked,
+                "layer_results": [
+                    (result.x.transpose(0, 1), None, result.ffn.transpose(0, 1)) for result in encoded.layers
+                ],
+                "operating_point": str(point),
+            }
+
+        targets, negatives, codes = self._targets(unmasked, mask_indices, padding_count)
+        if mask_indices is not None:
+            x = x[mask_indices].view(x.size(0), -1, x.size(-1))
+        return {
+            "x": self.compute_preds(self.final_proj(x), targets, negatives),
+            "padding_mask": padding,
+            "features_pen": features_pen,
+            "operating_point": str(point),
+            **codes,
+        }
+
+    def apply_mask(self, x, padding_mask, mask_indices=None, mask_channel_indices=None):
+        """Masks spans of frames with `mask_emb` and spans of channels with 0, as stock does.
+
+        x: (batch, time, channel); padding_mask: (batch, time) bool or None. Returns the masked frames and the frame
+        mask (batch, time) bool, None when mask_prob is 0. Masks that are given are used instead of drawn ones.
+        """
+        batch, time, channels = x.shape
+        if self.mask_channel_prob > 0 and self.mask_channel_before:
+            x = x.masked_fill(self._channel_mask(batch, channels).to(x.device), 0)
+        if self.mask_prob > 0:
+            if mask_indices is None:
+                mask_indices = span_mask(
+                    (batch, time),
+                    padding_mask,
+                    self.mask_prob,
+                    self.mask_length,
+                    self.mask_selection,
+                    self.mask_other,
+                    min_masks=2,
+                    no_overlap=self.no_mask_overlap,
+                    min_space=self.mask_min_space,
+                    require_same_masks=self.cfg.require_same_masks,
+                    mask_dropout=self.cfg.mask_dropout,
+                ).to(x.device)
+            x = torch.where(mask_indices.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
+        else:
+            mask_indices = None
+        if self.mask_channel_prob > 0 and not self.mask_channel_before:
+            if mask_channel_indices is None:
+                mask_channel_indices = self._channel_mask(batch, channels).to(x.device)
+            x = x.masked_fill(mask_channel_indices, 0)
+        return x, mask_indices
+
+    def _channel_mask(self, batch, channels):
+        """(batch, 1, channel) bool."""
+        return span_mask(
+            (batch, channels),
+            None,
+            self.mask_channel_prob,
+            self.mask_channel_length,
+            self.mask_channel_selection,
+            self.mask_channel_other,
+            no_overlap=self.no_mask_channel_overlap,
+            min_space=self.mask_channel_min_space,
+        ).unsqueeze(1)
+
+    def extract_features(self, source, padding_mask=None, mask=False, layer=None, operating_point=None, **kwargs):
+        """Contextual frames at the frontend's rate; see forward with `features_only`."""
+        return self.forward(
+            source, padding_mask, mask=mask, features_only=True, layer=layer, operating_point=operating_point
+        )
+
+    def quantize(self, x):
+        """Codebook vectors and indices for `x` (batch, samples)."""
+        frames, _ = self.features(x)
+        return self.quantizer.forward_idx(self.layer_norm(frames))
+
+    def remove_pretraining_modules(self, last_layer=None) -> None:
+        """Drops the pre-training heads, and the layers above `last_layer` (unshared models only)."""
+        self.quantizer = self.project_q = self.target_glu = self.final_proj = None
+        if last_layer is not None:
+            raise ValueError(
+                f"last_layer={last_layer}: w2v2_light keeps its layers; set encoder_layers or layer_map instead"
+            )
+
+    def _extract_frames(self, source, padding_mask):
+        lengths = None
+        if padding_mask is not None and padding_mask.any():
+            lengths = (~padding_mask.bool()).sum(-1)
+        with torch.no_grad() if self.feature_grad_mult <= 0 else contextlib.ExitStack():
+            frames, frame_mask = self.features(source, lengths)
+        if 0 < self.feature_grad_mult != 1.0:
+            frames = GradMultiply.apply(frames, self.feature_grad_mult)
+        return frames, frame_mask
+
+    def _crop(self, frames, frame_mask):
+        time = frames.size(1) - frames.size(1) % self.crop_seq_to_multiple
+        if time == frames.size(1):
+            return frames, frame_mask
+        return frames[:, :time], None if frame_mask is None else FrameMask(frame_mask.valid[:, :time])
+
+    def _targets(self, unmasked, mask_indices, padding_count):
+        """Projected targets (batch, masked time, dim), negatives (n, batch, masked time, dim) and code statistics."""
+
+        def select(frames):
+            if mask_indices is None:
+                return frames
+            return frames[mask_indices].view(frames.size(0), -1, frames.size(-1))
+
+        codes = {}
+        pool = unmasked if self.negatives_from_everywhere else select(unmasked)
+        if self.quantizer is not None:
+            quantized = self.quantizer(pool, produce_targets=False)
+            pool = quantized["x"]
+            codes = {key: quantized[key] for key in ("prob_perplexity", "code_perplexity", "num_vars", "temp")}
+        pool = self.project_q(pool)
+        targets = select(pool) if self.negatives_from_everywhere else pool
+        negatives, _ = self.sample_negatives(pool, targets.size(1), padding_count=padding_count)
+        if self.quantizer is not None and self.codebook_negatives > 0:
+            batch, time = targets.shape[:2]
+            drawn = self.quantizer.sample_from_codebook(batch * time, self.codebook_negatives)
+            drawn = self.project_q(drawn.view(self.codebook_negatives * batch, time, -1))
+            negatives = torch.cat([negatives, drawn.view(-1, batch, time, drawn.size(-1))], dim=0)
+        if self.target_glu is not None:
+            targets, negatives = self.target_glu(targets), self.target_glu(negatives)
+        return targets, negatives, codes
+
+    def _keep_idle_parameters(self, x):
+        """Adds zero times every parameter that this call may not use, so that DDP sees a gradient for each."""
+        if not (self.training and torch.is_grad_enabled()):
+            return x
+        if self.config.layerdrop > 0:
+            idle = list(self.encoder.parameters())
+        else:
+            idle = self.encoder.idle_parameters()
+        zero = sum(parameter.reshape(-1)[0] * 0.0 for parameter in [*idle, self.mask_emb] if parameter.requires_grad)
+        return x + zero
+
+
+@dataclass
+class StochasticSEWConfig(W2V2LightConfig):
+    conv_feature_layers: str = field(
+        default=WFE_C,
+        metadata={"help": "frontend layers as [(channels, kernel, stride), ...]; default: SEW's compact WFE-C, c=64"},
+    )
+    conv_pos: int = field(default=31, metadata={"help": "kernel of the convolutional positions (SEW: 31)"})
+    squeeze_factors: List[int] = field(
+        default_factory=lambda: [1, 2, 3, 4],
+        metadata={"help": "squeeze factors to draw from in training: the Transformer runs at 1/s of the frame rate"},
+    )
+    query_pools: List[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "query pooling factors to draw from in training"}
+    )
+    kv_pools: List[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "key-value pooling factors to draw from in training"}
+    )
+    projection: str = field(
+        default="mlp", metadata={"help": "pre-training heads: 'linear' (stock) or 'mlp' (SEW, with BatchNorm)"}
+    )
+
+
+@register_model("stochastic_sew", dataclass=StochasticSEWConfig)
+class StochasticSEWModel(W2V2LightModel):
+    """The same model with SEW's frontend, positions and heads, and stochastic operating points, as defaults."""
+
+
+def _require_finite(source) -> None:
+    finite = torch.isfinite(source).all(dim=-1)
+    if not finite.all():
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"audio: NaN or infinite samples in row(s) {rows} of the batch, expected finite samples; "
+            "find the files with `w2v2-light prepare check DATA --deep` and remove them from the manifest"
+        )
+
+
+def _mean_square(frames, frame_mask):
+    """Feature penalty: mean square over the valid frames."""
+    squares = frames.float().square()
+    if frame_mask is None:
+        return squares.mean()
+    valid = frame_mask.valid.unsqueeze(-1)
+    return (squares * valid).sum() / (valid.sum() * frames.size(-1))
+
+

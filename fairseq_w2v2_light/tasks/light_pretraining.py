@@ -1,0 +1,46 @@
+"""Task `light_pretraining`: fairseq's audio_pretraining with checked manifests and reproducible crops."""
+
+import zlib
+from dataclasses import dataclass
+
+from fairseq.data.data_utils import numpy_seed
+from fairseq.tasks import register_task
+from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
+
+
+@dataclass
+class LightPretrainingConfig(AudioPretrainingConfig):
+    pass
+
+
+@register_task("light_pretraining", dataclass=LightPretrainingConfig)
+class LightPretrainingTask(AudioPretrainingTask):
+    """audio_pretraining whose random crops are a function of (epoch, utterance).
+
+    Stock crops from numpy's global state, which no checkpoint stores, so that a resumed run trains on other audio.
+    """
+
+    def load_dataset(self, split: str, task_cfg=None, **kwargs) -> None:
+        """Loads a split; raises ValueError or FileNotFoundError that names the manifest line at fault."""
+        from ..data.manifest import validate_split
+
+        validate_split(self.cfg.data, split, None)
+        super().load_dataset(split, task_cfg, **kwargs)
+        _seed_crops(self.datasets[split])
+
+
+def _seed_crops(dataset) -> None:
+    """Replaces the dataset's random crop by one that depends on the epoch and the audio only."""
+    crop, set_epoch = dataset.crop_to_max_size, dataset.set_epoch
+    state = {"epoch": 1}
+
+    def seeded_crop(wave, *args, **kwargs):
+        with numpy_seed(zlib.crc32(wave[:16000].contiguous().numpy().tobytes()), state["epoch"]):
+            return crop(wave, *args, **kwargs)
+
+    def remember_epoch(epoch):
+        state["epoch"] = epoch
+        set_epoch(epoch)
+
+    dataset.crop_to_max_size = seeded_crop
+    dataset.set_epoch = remember_epoch
