@@ -1,0 +1,1 @@
+"""Manifests, labels and dictionaries from what people have."""
