@@ -1,0 +1,343 @@
+"""`w2v2-light infer OVERRIDES...`: fairseq's own CTC decoding program, on every supported Python, with our defaults.
+
+Takes every override of examples/speech_recognition/new/infer.py, plus `decoding.operating_point=s2q1k2`; hydra's
+flags too (`-m decoding.operating_point=s1q1k1,s2q1k1` decodes at several points, `--config-dir`, `--config-name`).
+From Python: `infer(["task.data=...", "common_eval.path=..."])` returns one dict a job, with its WER.
+"""
+
+import argparse
+import ast
+import functools
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from fairseq_w2v2_light.paths import user_dir
+
+PASS_THROUGH = True
+
+logger = logging.getLogger(__name__)
+
+_USAGE = """usage: w2v2-light infer task.data=FOLDER common_eval.path=CHECKPOINT [KEY=VALUE ...] [hydra flags]
+
+Decodes dataset.gen_subset (default: test) with fairseq's examples/speech_recognition/new/infer.py and prints the WER.
+
+  decoding.operating_point=s2q1k2        decode a stochastic model at this operating point
+  -m decoding.operating_point=s1q1k1,s2q1k1   ... at several, one after the other
+  dataset.gen_subset=valid               another split
+  common_eval.results_path=FOLDER        keep hypotheses, references and WER in FOLDER/SPLIT
+  common_eval.post_process=sentencepiece for labels other than letters
+  decoding.type=kenlm decoding.lmpath=.. decoding.lexicon=..   decode with a language model (needs flashlight-text)
+  --config-dir DIR --config-name NAME    read the overrides from DIR/NAME.yaml
+"""
+
+# Keys that hold a path. Users mean them from where they stand, but hydra changes the working directory.
+_PATHS = (
+    "task.data",
+    "task.target_dictionary",
+    "common.user_dir",
+    "common_eval.path",
+    "common_eval.results_path",
+    "decoding.results_path",
+    "decoding.lmpath",
+    "decoding.lexicon",
+)
+
+
+class _JobFailed(BaseException):
+    """Carries an error out of hydra, which would print it in its own way and exit."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes, then prints one line a job: operating point, WER, counts."""
+    if args.rest in ([], ["-h"], ["--help"]):
+        print(_USAGE, end="", file=sys.stdout if args.rest else sys.stderr)
+        return 0 if args.rest else 2
+    try:
+        results = infer(args.rest)
+    except SystemExit as error:
+        # hydra has printed what it could not compose; 0 is its --help.
+        return 2 if error.code else 0
+    for result in results:
+        point = result["operating_point"] or "operating point as trained"
+        counts = f"{result['errors']} errors / {result['words']} words, {result['sentences']} utterances"
+        print(f"{result['split']}, {point}: WER {result['wer']:.2f} % ({counts})")
+    return 0
+
+
+def infer(argv: List[str]) -> List[Dict[str, Any]]:
+    """Decodes as `w2v2-light infer` does; returns one result a job, in order (one, unless -m asks for more).
+
+    Each has split, operating_point (text, or None for the checkpoint's own), wer (percent), errors, words, sentences,
+    seconds (model and decoder, without loading) and results_path (folder, or None). Raises ValueError and
+    FileNotFoundError with a message for the user, SystemExit where hydra refuses the command line.
+    """
+    import fairseq_w2v2_light  # noqa: F401 - registers our models and tasks
+    from fairseq_w2v2_light import compat
+
+    compat.allow_checkpoint_types()
+    arguments = compat.hydra_arguments(list(argv))
+    flags = _without(argv, arguments.overrides)
+    results: List[Dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="w2v2-light-infer-") as scratch:
+        overrides = default_overrides(arguments, scratch) + compat.job_overrides("infer") + arguments.overrides
+        adapt = functools.partial(_adapt_task, cwd=Path.cwd(), multirun=arguments.multirun, results=results)
+        try:
+            compat.run_infer(flags + overrides, adapt)
+        except _JobFailed as failure:
+            raise failure.__cause__ from None
+    return results
+
+
+def default_overrides(arguments: argparse.Namespace, scratch: str) -> List[str]:
+    """What to put before the user's overrides; nothing that a YAML of her own may say.
+
+    Without a results folder hydra works in `scratch` and leaves nothing behind.
+    """
+    if arguments.config_name or arguments.config_path:
+        return []
+    given = dict(override.lstrip("+").split("=", 1) for override in arguments.overrides if "=" in override)
+    defaults = [] if "task" in given else ["task=audio_finetuning"]
+    results_path = given.get("common_eval.results_path") or given.get("decoding.results_path")
+    if "hydra.run.dir" not in given and "common_eval.results_path" not in given:
+        defaults.append(f"hydra.run.dir={results_path or scratch}")
+    if "hydra.sweep.dir" not in given:
+        defaults.append(f"hydra.sweep.dir={results_path or scratch}")
+    if "hydra.sweep.subdir" not in given:
+        defaults.append("hydra.sweep.subdir=${dataset.gen_subset}/${hydra.job.num}")
+    return defaults
+
+
+def _without(argv: List[str], overrides: List[str]) -> List[str]:
+    rest = list(argv)
+    for override in overrides:
+        rest.remove(override)
+    return rest
+
+
+def _adapt_task(function: Callable, cwd: Path, multirun: bool, results: List[Dict[str, Any]]) -> Callable:
+    """Wraps infer's hydra entry: prepares its config, counts what it decodes and keeps the result."""
+
+    namespace = function.__globals__
+    stock = namespace["InferenceProcessor"]
+
+    def adapted(cfg):
+        try:
+            job_dir = Path.cwd()
+            point = prepare_config(cfg, cwd, job_dir, multirun)
+            # hydra's multirun calls this once a job: start from infer's own class every time.
+            namespace["InferenceProcessor"] = _counting(stock, results)
+            jobs = len(results)
+            wer = function(cfg)
+            # common.suppress_crashes=true ends a job without a result.
+            for result in results[jobs:]:
+                result.update(operating_point=point, results_path=cfg.decoding.results_path)
+            return wer
+        except Exception as error:
+            raise _JobFailed() from error
+
+    return adapted
+
+
+def _counting(processor: type, results: List[Dict[str, Any]]) -> type:
+    """Subclass of infer's InferenceProcessor that compares the number of hypotheses with that of references."""
+
+    from fairseq_w2v2_light import compat
+
+    class CountingProcessor(processor):
+        def load_model_ensemble(self):
+            models, saved = super().load_model_ensemble()
+            compat.complete_task_config(saved.task, self.task.cfg)
+            return models, saved
+
+        def __exit__(self, *exc):
+            closed = super().__exit__(*exc)
+            if exc[0] is None:
+                split = self.cfg.dataset.gen_subset
+                expected = len(self.task.dataset(split))
+                if self.num_sentences != expected:
+                    raise ValueError(
+                        f"split {split!r}: {self.num_sentences} hypotheses for {expected} references; "
+                        "set dataset.required_batch_size_multiple=1, dataset.skip_invalid_size_inputs_valid_test=false"
+                    )
+                if self.total_length == 0:
+                    raise ValueError(f"split {split!r}: its references hold no words; the word error rate is undefined")
+                results.append(
+                    {
+                        "split": split,
+                        "wer": 100.0 * self.total_errors / self.total_length,
+                        "errors": self.total_errors,
+                        "words": self.total_length,
+                        "sentences": self.num_sentences,
+                        "seconds": self.gen_timer.sum,
+                    }
+                )
+            return closed
+
+    return CountingProcessor
+
+
+def prepare_config(cfg, cwd: Path, job_dir: Path, multirun: bool = False) -> Optional[str]:
+    """Completes infer's composed config in place and verifies what it names; returns the operating point, if any.
+
+    `cwd` is where the user stands, `job_dir` where hydra runs the job. Raises ValueError and FileNotFoundError.
+    """
+    import torch
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(cfg):
+        if cfg.get("task") is None:
+            cfg.task = OmegaConf.create({})
+        if cfg.task.get("_name") is None:
+            cfg.task._name = "audio_finetuning"
+        _resolve_paths(cfg, cwd)
+        if not _select(cfg, "task.data"):
+            raise ValueError("task.data is missing; give task.data=FOLDER, the folder with the manifests")
+        if not cfg.common_eval.path:
+            raise ValueError("common_eval.path is missing; give common_eval.path=CHECKPOINT")
+        if cfg.distributed_training.distributed_world_size > 1:
+            raise ValueError(
+                f"distributed_training.distributed_world_size is {cfg.distributed_training.distributed_world_size}; "
+                "w2v2-light infer decodes in one process: expected 1"
+            )
+        if str(cfg.decoding.type) != "viterbi" and importlib.util.find_spec("flashlight") is None:
+            raise ValueError(
+                f"decoding.type is {cfg.decoding.type}, which needs the Python package flashlight-text; "
+                "install it, or decode without a language model: decoding.type=viterbi"
+            )
+        # fairseq-fixed's infer.yaml names a folder of its author's here.
+        if cfg.common.user_dir is None or cfg.common.user_dir.startswith("/private/"):
+            cfg.common.user_dir = str(user_dir())
+        if not torch.cuda.is_available():
+            cfg.common.cpu = True
+        point = cfg.decoding.get("operating_point")
+        if point is not None:
+            cfg.common_eval.model_overrides = add_operating_point(cfg.common_eval.model_overrides, str(point))
+        if cfg.common_eval.results_path is not None or cfg.decoding.results_path is not None:
+            if multirun or cfg.decoding.results_path is None:
+                cfg.decoding.results_path = str(job_dir)
+            Path(cfg.decoding.results_path).mkdir(parents=True, exist_ok=True)
+        _import_user_dir(cfg)
+        labels, symbols = check_checkpoint(cfg.common_eval.path, point)
+        if cfg.task.get("labels") is None:
+            cfg.task.labels = labels
+        if cfg.common_eval.post_process == "letter" and any(symbol.startswith("\u2581") for symbol in symbols):
+            logger.warning("the checkpoint's symbols are sentencepieces: using common_eval.post_process=sentencepiece")
+            cfg.common_eval.post_process = "sentencepiece"
+        check_split(cfg.task.data, cfg.dataset.gen_subset, labels, symbols)
+    return None if point is None else str(point)
+
+
+def add_operating_point(model_overrides: str, point: str) -> str:
+    """Adds {'operating_point': point} to the text of `common_eval.model_overrides`; raises ValueError."""
+    from fairseq_w2v2_light.nn.operating_point import OperatingPoint
+
+    point = str(OperatingPoint.parse(point))
+    try:
+        overrides = ast.literal_eval(model_overrides)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"common_eval.model_overrides is {model_overrides!r}; expected a dict, like {{'key': 'value'}}"
+        )
+    if overrides.get("operating_point", point) != point:
+        raise ValueError(
+            f"decoding.operating_point is {point}, but common_eval.model_overrides says "
+            f"{overrides['operating_point']!r}; give only one of them"
+        )
+    return repr({**overrides, "operating_point": point})
+
+
+def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], List[str]]:
+    """Label suffix and symbols of a checkpoint's CTC model (no symbols where an old checkpoint does not hold them).
+
+    Raises FileNotFoundError, and ValueError where it is no checkpoint, has no output symbols, is of an unknown model,
+    or has no operating points but is to run at one.
+    """
+    from fairseq_w2v2_light import compat
+
+    state = compat.read_checkpoint(path)
+    model = compat.checkpoint_section(state, "model")
+    name = model.get("_name")
+    labels = compat.checkpoint_section(state, "task").get("labels")
+    dictionary = (state.get("task_state") or {}).get("target_dictionary")
+    symbols = list(dictionary.symbols[dictionary.nspecial :]) if dictionary is not None else []
+    if not labels and not symbols:
+        raise ValueError(f"{path}: a pre-trained {name} model has no symbols to decode; fine-tune it with labels first")
+    if not compat.is_registered_model(name):
+        raise ValueError(f"{path}: model {name!r} is unknown here; name the plugin that has it in common.user_dir")
+    if point is not None and not _has_key(model, "operating_point"):
+        raise ValueError(
+            f"{path}: decoding.operating_point is {point}, but this {name} checkpoint has no operating points "
+            "(it holds no w2v2_light or stochastic_sew model); leave decoding.operating_point out"
+        )
+    return labels, symbols
+
+
+def check_split(data: str, split: str, labels: Optional[str], symbols: List[str]) -> None:
+    """Raises ValueError or FileNotFoundError, naming file and line, where a split cannot be decoded.
+
+    Reads the text files, and the header of every audio file. `symbols` are the checkpoint's.
+    """
+    from fairseq_w2v2_light.data import manifest
+
+    if ":" in split or "," in split:
+        # Several corpora (fairseq-fixed's task.multi_corpus_keys): fairseq reads each under its own name.
+        return
+    tsv = Path(data) / f"{split}.tsv"
+    if Path(data).is_dir() and not tsv.is_file():
+        raise FileNotFoundError(f"{tsv}: no such split; {data} has: {', '.join(manifest.list_splits(data))}")
+    has_dictionary = (Path(data) / f"dict.{labels}.txt").is_file()
+    manifest.validate_split(data, split, labels if has_dictionary else None)
+    root, entries = manifest.read_manifest(tsv).root, manifest.read_manifest(tsv).entries
+    for number, entry in enumerate(entries, start=2):
+        problem = None if manifest.is_zip_slice(entry.path) else manifest.audio_header_problem(Path(root) / entry.path)
+        if problem:
+            raise ValueError(f"{tsv}:{number}: {problem}")
+    if not symbols:
+        return
+    path = Path(data) / f"{split}.{labels}"
+    for number, line in enumerate(manifest.read_labels(path), start=1):
+        unknown = sorted(set(line.split()) - set(symbols))
+        if unknown:
+            raise ValueError(
+                f"{path}:{number}: symbol {unknown[0]!r} is not among those that the checkpoint was trained with"
+            )
+
+
+def _import_user_dir(cfg) -> None:
+    from fairseq import utils
+
+    if not Path(cfg.common.user_dir).is_dir():
+        raise FileNotFoundError(f"{cfg.common.user_dir}: no such folder (common.user_dir)")
+    try:
+        utils.import_user_module(cfg.common)
+    except ImportError as error:
+        raise ValueError(f"common.user_dir={cfg.common.user_dir}: {error}") from error
+
+
+def _resolve_paths(cfg, cwd: Path) -> None:
+    for key in _PATHS:
+        value = _select(cfg, key)
+        if value:
+            section, name = key.split(".")
+            cfg[section][name] = os.path.join(cwd, os.path.expanduser(value))
+
+
+def _select(cfg, key: str) -> Optional[str]:
+    section, name = key.split(".")
+    node = cfg[section]
+    return node[name] if name in node else None
+
+
+def _has_key(section: Any, key: str) -> bool:
+    if isinstance(section, argparse.Namespace):
+        section = vars(section)
+    if not isinstance(section, dict):
+        return False
+    return key in section or any(_has_key(value, key) for value in section.values())
