@@ -5,11 +5,16 @@ Importing the package registers its models, criterions and tasks with fairseq, w
 """
 
 import importlib.util
+import logging
 
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("fairseq") is not None:
+    # fairseq advises everyone who imports it, on stderr, to install tensorboardX
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+
     from . import compat, criterions, models, tasks
 
     compat.allow_checkpoint_types()
+    compat.make_checkpoint_copies_atomic()
     __all__ = ["compat", "criterions", "models", "tasks"]

@@ -1,8 +1,8 @@
 """Checkpoints of wav2vec 2.0 encoders, from fairseq's own models or ours, brought to one form."""
 
 import contextlib
+from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
@@ -10,6 +10,8 @@ from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ..compat import read_checkpoint
 
 ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
 STOCK_ENCODER = "wav2vec2"
@@ -32,27 +34,26 @@ class EncoderCheckpoint:
 
 
 def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
-    """Reads a fairseq checkpoint file; `key` names the setting in messages.
+    """Reads a fairseq checkpoint file, its configuration as a DictConfig; `key` names the setting in messages.
 
     Raises FileNotFoundError when there is no such file and ValueError when it is not a fairseq checkpoint.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{key}: no file '{path}'; give the path of a checkpoint (.pt) that exists")
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    except Exception as error:
-        raise ValueError(
-            f"{key}: '{path}' cannot be read as a fairseq checkpoint ({type(error).__name__}: {error}); "
-            "expected a .pt file that fairseq-hydra-train saved"
-        ) from error
-    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
-        raise ValueError(
-            f"{key}: '{path}' holds no fairseq model (expected the entries 'model' and 'cfg'); "
-            "expected a .pt file that fairseq-hydra-train saved"
-        )
-    if state.get("cfg") is None:
-        state["cfg"] = convert_namespace_to_omegaconf(state["args"])
-    return state
+        state = read_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    return {**state, "cfg": _as_config(state.get("cfg") or state["args"]), "args": None}
+
+
+def _as_config(cfg) -> DictConfig:
+    """A checkpoint's configuration: a flat namespace before hydra, nested dicts since, with either inside."""
+    if isinstance(cfg, Namespace):
+        cfg = convert_namespace_to_omegaconf(cfg)
+    cfg = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else dict(cfg)
+    model = cfg.get("model") or {}
+    if isinstance(model, dict) and isinstance(model.get("w2v_args"), Namespace):
+        model["w2v_args"] = OmegaConf.to_container(convert_namespace_to_omegaconf(model["w2v_args"]))
+    return OmegaConf.create(cfg)
 
 
 def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
@@ -98,7 +99,8 @@ def as_light(cfg: DictConfig) -> DictConfig:
     """The configuration with all of our model keys: stock `wav2vec2` becomes `w2v2_light`, missing keys defaults."""
     name = model_name(cfg)
     name = "w2v2_light" if name == STOCK_ENCODER else name
-    return OmegaConf.create({**_sections(cfg), "model": complete_model(cfg.model, name)}, flags={"allow_objects": True})
+    others = {key: cfg[key] for key in cfg if key != "model"}
+    return OmegaConf.create({**others, "model": complete_model(cfg.model, name)})
 
 
 def complete_model(model, name: str) -> DictConfig:
@@ -109,10 +111,6 @@ def complete_model(model, name: str) -> DictConfig:
     # a key of another section of the run (`${common.seed}`) cannot be looked up here
     given = {key: value for key, value in given.items() if value is not None and not str(value).startswith("${")}
     return OmegaConf.create({**defaults, **given, "_name": name})
-
-
-def _sections(cfg: DictConfig) -> Dict[str, Any]:
-    return {key: cfg[key] for key in cfg if key != "model"}
 
 
 def update_model(cfg: DictConfig, changes: Dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ class LightCtcConfig(Wav2Vec2CtcConfig):
     recipe: str = field(
         default="",
         metadata={
-            "help": "train from scratch: a pre-training recipe (YAML path, or name such as pretraining/w2v2_light_tiny) "
-            "that describes the encoder; used when w2v_path is empty"
+            "help": "train from scratch: a pre-training recipe that describes the encoder, as a YAML path or a name "
+            "such as pretraining/w2v2_light_tiny; used when w2v_path is empty"
         },
     )
     recipe_overrides: Any = field(
@@ -46,7 +46,8 @@ class LightCtcConfig(Wav2Vec2CtcConfig):
         default=None, metadata={"help": "query pooling factors to draw from while fine-tuning; null: as pre-trained"}
     )
     kv_pools: Optional[List[int]] = field(
-        default=None, metadata={"help": "key-value pooling factors to draw from while fine-tuning; null: as pre-trained"}
+        default=None,
+        metadata={"help": "key-value pooling factors to draw from while fine-tuning; null: as pre-trained"},
     )
     operating_point_seed: int = field(
         default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}

@@ -1,24 +1,23 @@
 """Span masks that depend on a seed only, so that a resumed run masks what an uninterrupted one would."""
 
 import contextlib
-import inspect
 
-import numpy as np
 import torch
 from fairseq.data.data_utils import compute_mask_indices, numpy_seed
 
-_SEEDED = "indices" in inspect.signature(compute_mask_indices).parameters
+from ..compat import mask_seeds
 
 
 def span_mask(shape, padding_mask, prob, length, selection, other, **options) -> torch.Tensor:
-    """fairseq's compute_mask_indices as a bool tensor of `shape` (batch, time), drawn from numpy's global generator.
-
-    fairseq-fixed (and fairseq's HEAD) draws from fresh entropy unless it is told seed, epoch and indices; 0.12.2 draws
-    from the global generator and takes none of them.
-    """
-    if _SEEDED:
-        options.update(seed=int(np.random.randint(2**31 - 1)), epoch=0, indices=torch.arange(shape[0]))
-    return torch.from_numpy(compute_mask_indices(shape, padding_mask, prob, length, selection, other, **options))
+    """fairseq's compute_mask_indices as a bool tensor of `shape` (batch, time), drawn from numpy's global generator."""
+    options.update(mask_seeds(shape[0]))
+    try:
+        return torch.from_numpy(compute_mask_indices(shape, padding_mask, prob, length, selection, other, **options))
+    except (ValueError, IndexError):
+        # fairseq crashes when it draws no span for a row, which narrow models and short utterances do
+        if options.get("min_masks", 0) > 0 or prob * shape[1] >= length:
+            raise
+        return torch.zeros(shape, dtype=torch.bool)
 
 
 def training_randomness(seed: int, num_updates, call: int):
@@ -28,5 +27,7 @@ def training_randomness(seed: int, num_updates, call: int):
     """
     if num_updates is None:
         return contextlib.nullcontext()
-    rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    rank = (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
     return numpy_seed(seed, num_updates, call, rank)

@@ -447,5 +447,3 @@ def _mean_square(frames, frame_mask):
         return squares.mean()
     valid = frame_mask.valid.unsqueeze(-1)
     return (squares * valid).sum() / (valid.sum() * frames.size(-1))
-
-

@@ -1,0 +1,25 @@
+"""`w2v2-light cost`: parameters, bytes and MACs of a recipe or a checkpoint."""
+
+import json
+
+from ..study.cost import LETTERS, cost, format_cost, load_subject
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("source", help="a recipe (YAML path, or name such as pretraining/sew_tiny) or a checkpoint")
+    parser.add_argument("overrides", nargs="*", help="model.KEY=VALUE, e.g. model.unique_layers=12")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of 16 kHz audio (default: 10)")
+    parser.add_argument("--operating-point", default="", help="e.g. s2q1k2 (default: the model's own)")
+    parser.add_argument(
+        "--vocabulary", type=int, help=f"labels of the CTC head, for fine-tuning recipes (default: {LETTERS})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args) -> int:
+    if args.seconds <= 0:
+        raise ValueError(f"--seconds: found {args.seconds:g}, expected a positive number")
+    subject = load_subject(args.source, args.overrides, args.vocabulary)
+    result = cost(subject, args.seconds, args.operating_point)
+    print(json.dumps(result, indent=2) if args.json else format_cost(result))
+    return 0

@@ -1,0 +1,191 @@
+"""What a model costs: parameters, bytes and MACs of a recipe or a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
+from ..models.recipe import load_recipe, read_recipe
+from ..models.w2v2_light import W2V2LightModel, network_config
+from ..nn.config import EncoderConfig
+from ..nn.operating_point import OperatingPoint
+from .macs import SAMPLE_RATE, count_macs
+
+LETTERS = 32
+
+
+@dataclass
+class Subject:
+    """A model to count: its complete fairseq configuration, and the labels of its CTC head (0: pre-training)."""
+
+    name: str
+    model: DictConfig
+    vocabulary: int
+
+
+def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Subject:
+    """Reads a recipe (path or name) or a checkpoint, with `model.key=value` overrides.
+
+    `vocabulary` is the size of the label dictionary where the source does not say (default 32: LibriSpeech's
+    letters). Raises ValueError for an override that is malformed or of a key that the model does not have.
+    """
+    changes = _parse_overrides(overrides)
+    if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
+        return _checkpoint_subject(source, changes)
+    recipe = load_recipe(source)
+    name = model_name(recipe)
+    if name in (STOCK_ENCODER, *ENCODER_MODELS):
+        return Subject(name, _apply(read_recipe(source, {}).model, changes), 0)
+    if name not in CTC_MODELS:
+        raise ValueError(f"'{source}': a recipe of model '{name}', expected one of {', '.join(ENCODER_MODELS)}")
+
+    own = {key: changes.pop(key) for key in ("recipe", "w2v_path") if key in changes}
+    settings = {**OmegaConf.to_container(recipe.model), **own}
+    if settings.get("w2v_path"):
+        model = load_encoder(settings["w2v_path"], "model.w2v_path").cfg.model
+    elif settings.get("recipe"):
+        model = read_recipe(settings["recipe"], {}).model
+    else:
+        raise ValueError(
+            f"'{source}': a fine-tuning recipe does not say which encoder; add model.recipe=pretraining/NAME or "
+            "model.w2v_path=CHECKPOINT"
+        )
+    for key in ("operating_point", "squeeze_factors", "query_pools", "kv_pools"):
+        if settings.get(key):
+            changes.setdefault(key, str(settings[key]))
+    return Subject(name, _apply(model, changes), LETTERS if vocabulary is None else vocabulary)
+
+
+def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
+    state = load_state(path)
+    name = model_name(state["cfg"])
+    encoder = load_encoder(path)
+    vocabulary = 0 if encoder.head is None else encoder.head["weight"].size(0)
+    return Subject(name, _apply(encoder.cfg.model, changes), vocabulary)
+
+
+def _parse_overrides(overrides: List[str]) -> Dict[str, str]:
+    changes = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith("model.") or key.count(".") != 1:
+            raise ValueError(f"override '{text}': expected model.KEY=VALUE, for example model.unique_layers=12")
+        changes[key[len("model.") :]] = value
+    return changes
+
+
+def _apply(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
+    """Sets keys from text: as it stands for a text key, read as YAML for the others."""
+    values = {}
+    for key, text in changes.items():
+        if key not in model:
+            raise ValueError(f"override 'model.{key}': the model has no such key")
+        if isinstance(model[key], str):
+            values[key] = text.strip("'\"")
+        else:
+            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    return OmegaConf.merge(model, OmegaConf.create(values))
+
+
+def count_parameters(subject: Subject) -> Dict[str, int]:
+    """Stored parameters by part, counted on the model itself (built without memory); shared ones count once.
+
+    Parts: frontend, projection, positions, layers, unsqueeze, norms (with the mask vector), heads (quantiser and
+    projections of pre-training, or the CTC projection).
+    """
+    with torch.device("meta"):
+        model = W2V2LightModel(subject.model)
+    if subject.vocabulary:
+        model.remove_pretraining_modules()
+    parts = dict.fromkeys(("frontend", "projection", "positions", "layers", "unsqueeze", "norms", "heads"), 0)
+    for name, parameter in model.named_parameters():
+        parts[_part_of(name)] += parameter.numel()
+    if subject.vocabulary:
+        parts["heads"] += (subject.model.encoder_embed_dim + 1) * subject.vocabulary
+    return parts
+
+
+def _part_of(name: str) -> str:
+    for prefix, part in (
+        ("feature_extractor.", "frontend"),
+        ("post_extract_proj.", "projection"),
+        ("encoder.pos_conv.", "positions"),
+        ("encoder.layers.", "layers"),
+        ("encoder.upsample.", "unsqueeze"),
+        ("encoder.layer_norm.", "norms"),
+        ("layer_norm.", "norms"),
+        ("mask_emb", "norms"),
+    ):
+        if name.startswith(prefix):
+            return part
+    return "heads"
+
+
+def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
+    """Everything that can be counted, as one JSON-ready dict.
+
+    `parameters` are stored ones, `effective_parameters` what they would be without sharing; `bytes` in fp32; `macs` of
+    inference on `seconds` of 16 kHz audio at the operating point (`point`, else the model's own).
+    """
+    config = network_config(subject.model)
+    chosen = _operating_point(subject, config, point)
+    parameters = count_parameters(subject)
+    macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
+    total = sum(parameters.values())
+    per_layer = parameters["layers"] // config.unique_layers
+    return {
+        "model": subject.name,
+        "kind": "ctc" if subject.vocabulary else "pretraining",
+        "parameters": total,
+        "effective_parameters": total + per_layer * (config.depth - config.unique_layers),
+        "bytes": 4 * total,
+        "parameters_by_part": parameters,
+        "seconds": seconds,
+        "operating_point": str(chosen),
+        "macs": sum(macs.values()),
+        "macs_by_part": macs,
+        "layers": config.depth,
+        "unique_layers": config.unique_layers,
+        "attention_maps": -(-config.depth // config.attention_map_every),
+        "operating_points": [str(trained) for trained in config.operating_points.points()],
+    }
+
+
+def _operating_point(subject: Subject, config: EncoderConfig, point: str) -> OperatingPoint:
+    own = subject.model.operating_point
+    text = point or ("" if own == "stochastic" else own)
+    return config.operating_points.check(OperatingPoint.parse(text)) if text else config.operating_points.default
+
+
+def format_cost(result: Dict[str, Any]) -> str:
+    """The table that `w2v2-light cost` prints."""
+    parameters, macs = result["parameters_by_part"], result["macs_by_part"]
+    head = "CTC head" if result["kind"] == "ctc" else "pre-training heads"
+    rows = [
+        ("frontend", parameters["frontend"], macs["frontend"]),
+        ("projection", parameters["projection"], macs["projection"]),
+        ("positions", parameters["positions"], macs["positions"]),
+        (f"layers ({result['unique_layers']} stored, {result['layers']} deep)", parameters["layers"], None),
+        ("  attention", None, macs["attention"]),
+        ("  FFN", None, macs["ffn"]),
+        ("unsqueeze", parameters["unsqueeze"], macs["unsqueeze"]),
+        ("norms, mask vector", parameters["norms"], None),
+        (head, parameters["heads"], macs["head"]),
+        ("total", result["parameters"], result["macs"]),
+    ]
+    lines = [
+        f"{result['model']} at {result['operating_point']}, {result['seconds']:g} s of audio",
+        f"{'part':<28}{'parameters':>14}{'MMACs':>12}",
+    ]
+    for name, stored, count in rows:
+        stored = "" if stored is None else f"{stored:,}"
+        count = "" if count is None else f"{count / 1e6:,.1f}"
+        lines.append(f"{name:<28}{stored:>14}{count:>12}")
+    lines.append(
+        f"{result['bytes'] / 2**20:.1f} MiB in fp32; {result['effective_parameters']:,} parameters without sharing; "
+        f"{result['attention_maps']} attention maps"
+    )
+    return "\n".join(lines)

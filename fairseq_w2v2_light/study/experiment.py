@@ -1,0 +1,184 @@
+"""Runs fairseq's own commands one after the other, as the examples do: train, decode, measure, compare."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Union
+
+from ..files import atomic_write_text
+from ..paths import config_dir, user_dir
+
+_UPDATE = re.compile(r"num_updates=(\d+)")
+_VALID = re.compile(r"num_updates (\d+)")
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """One row of a trade-off table: a model at an operating point.
+
+    parameters: stored in the CTC model; macs: of 10 s of audio; real_time_factor: seconds of compute per second of
+    audio; wer: percent.
+    """
+
+    model: str
+    operating_point: str
+    parameters: int
+    macs: int
+    real_time_factor: float
+    wer: float
+
+
+def train(
+    recipe: str,
+    data: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    max_update: Optional[int] = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Trains a recipe with stock `fairseq-hydra-train`; returns the checkpoint to go on with.
+
+    recipe: a group and name below `config/`, like pretraining/w2v2_light_tiny. Checkpoints and `train.log` go to
+    `out`; a run that was stopped goes on where it was. The best checkpoint is returned where the recipe validates by
+    WER, else the last one. Raises RuntimeError with the end of the log when the command fails.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    group, name = recipe.rsplit("/", 1)
+    command = [
+        _program("fairseq-hydra-train"),
+        f"common.user_dir={user_dir()}",
+        f"task.data={Path(data).resolve()}",
+        f"checkpoint.save_dir={out.resolve()}",
+        f"hydra.run.dir={out.resolve() / 'hydra'}",
+        *overrides,
+        *([f"optimization.max_update={max_update}"] if max_update else []),
+        "--config-dir",
+        str(config_dir(group)),
+        "--config-name",
+        name,
+    ]
+    report("$ " + shlex.join(["fairseq-hydra-train", *command[1:]]))
+    log, finished = out / "train.log", out / "finished.txt"
+    if finished.is_file() and finished.read_text(encoding="utf-8") == shlex.join(command[1:]):
+        report(f"  finished before; remove {out} to train again")
+        return _result(group, out)
+    start = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment())
+    last = 0
+    with log.open("a", encoding="utf-8") as file:
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            last = _show_progress(line, last, max_update, start, report)
+    if process.wait() != 0:
+        raise RuntimeError(f"fairseq-hydra-train ended with {process.returncode}; the end of {log}:\n{_tail(log)}")
+    atomic_write_text(finished, shlex.join(command[1:]))
+    report(f"  done in {time.time() - start:.0f} s; log: {log}")
+    return _result(group, out)
+
+
+def _result(group: str, out: Path) -> Path:
+    best = out / "checkpoint_best.pt"
+    return best if group == "finetuning" and best.is_file() else out / "checkpoint_last.pt"
+
+
+def _show_progress(line, last, max_update, start, report) -> int:
+    match = _UPDATE.search(line) or (_VALID.search(line) if "[valid]" in line else None)
+    if match is None:
+        return last
+    updates = int(match.group(1))
+    step = max((max_update or 1000) // 10, 1)
+    if "[valid]" in line:
+        scores = re.findall(r"\| (loss|wer|accuracy) ([\d.]+)", line)
+        report(f"  update {updates}: valid " + ", ".join(f"{name} {value}" for name, value in scores))
+    elif updates // step > last // step:
+        loss = re.search(r"\bloss=([\d.]+)", line)
+        total = f" / {max_update}" if max_update else ""
+        report(f"  update {updates}{total}: loss {loss.group(1) if loss else '?'} ({time.time() - start:.0f} s)")
+    return max(updates, last)
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _program(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name}: not found beside {sys.executable} nor on PATH; install fairseq")
+    return found
+
+
+def _environment() -> Dict[str, str]:
+    """The environment for fairseq's commands: the plugin importable, and output that comes line by line."""
+    path = os.pathsep.join(filter(None, [str(user_dir().parent), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def compare_points(
+    checkpoint: Union[str, Path],
+    data: Path,
+    points: Sequence[str],
+    out: Path,
+    split: str = "test",
+    model: str = "",
+    report: Callable[[str], None] = print,
+) -> List[PointResult]:
+    """Decodes `split` with the stock infer at each operating point, and measures parameters, MACs and real-time factor.
+
+    Hypotheses and infer's log go to `out`. The points are timed interleaved on the same utterances, one by one
+    (batch size 1).
+    """
+    from ..cli.infer import infer
+    from .cost import cost, load_subject
+    from .speed import real_time_factors
+
+    arguments = [
+        f"task.data={Path(data).resolve()}",
+        f"common_eval.path={Path(checkpoint).resolve()}",
+        f"common_eval.results_path={out.resolve()}",
+        f"dataset.gen_subset={split}",
+        "-m",
+        "decoding.operating_point=" + ",".join(points),
+    ]
+    report("$ " + shlex.join(["w2v2-light", "infer", *arguments]))
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "infer.log"
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        decoded = infer(arguments)
+    speeds = real_time_factors(checkpoint, data, split, points)
+    subject = load_subject(str(checkpoint), [])
+    rows = []
+    for point, result in zip(points, decoded):
+        counted = cost(subject, 10.0, point)
+        rows.append(
+            PointResult(model, point, counted["parameters"], counted["macs"], speeds[point], round(result["wer"], 2))
+        )
+    return rows
+
+
+def format_table(rows: Sequence[PointResult]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| model | operating point | parameters | GMACs (10 s) | real-time factor | WER % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.model} | {row.operating_point} | {row.parameters / 1e6:.2f} M | {row.macs / 1e9:.2f} | "
+            f"{row.real_time_factor:.4f} | {row.wer:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def as_records(rows: Sequence[PointResult]) -> List[dict]:
+    """The rows as JSON-ready dicts."""
+    return [asdict(row) for row in rows]

@@ -1,0 +1,136 @@
+"""Counted parameters and MACs against models that really run."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_w2v2_light.cli.main import main
+from fairseq_w2v2_light.models import W2V2LightModel
+from fairseq_w2v2_light.models.recipe import read_recipe
+from fairseq_w2v2_light.models.w2v2_light import network_config
+from fairseq_w2v2_light.nn import OperatingPoint
+from fairseq_w2v2_light.study.cost import cost, count_parameters, format_cost, load_subject
+from fairseq_w2v2_light.study.macs import count_macs
+
+TINY = "pretraining/light_stochastic_tiny"
+
+
+def count_by_hooks(model, wave, point):
+    """MACs of every convolution, Linear and attention product of a forward pass."""
+    total = 0
+
+    def linear(module, inputs, output):
+        nonlocal total
+        total += output.numel() * module.in_features
+
+    def conv(module, inputs, output):
+        nonlocal total
+        total += output.numel() * module.in_channels // module.groups * module.kernel_size[0]
+
+    def positions(module, inputs, output):
+        nonlocal total
+        total += output.numel() * module.weight_v.size(1) * module.kernel
+
+    def attention(module, inputs, output):
+        nonlocal total
+        query, key_value = inputs[:2]
+        products = 1 if inputs[3] is not None else 2
+        total += products * query.size(0) * query.size(1) * key_value.size(1) * module.heads * module.head_dim
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(linear))
+        elif isinstance(module, nn.Conv1d):
+            hooks.append(module.register_forward_hook(conv))
+        elif type(module).__name__ == "WeightNormConv1d":
+            hooks.append(module.register_forward_hook(positions))
+        elif type(module).__name__ == "MultiheadAttention":
+            hooks.append(module.register_forward_hook(attention))
+    with torch.no_grad():
+        model.extract_features(wave, operating_point=point)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("point", ["s1q1k1", "s1q2k2", "s1q1k2"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_macs_equal_a_count_by_hooks(point, every):
+    cfg = read_recipe(TINY, {"attention_map_every": every}).model
+    model = W2V2LightModel(cfg).eval()
+    counted = count_macs(network_config(cfg), 20000, OperatingPoint.parse(point))
+    assert sum(counted.values()) == count_by_hooks(model, torch.randn(1, 20000), OperatingPoint.parse(point))
+
+
+@pytest.mark.parametrize("tail", ["keep", "drop"])
+def test_squeezed_macs_equal_a_count_by_hooks(tail):
+    """At the largest factor the unsqueeze layer is one Linear, which hooks see whole."""
+    cfg = read_recipe(TINY, {"squeeze_tail": tail, "conv_pos": 31}).model
+    model = W2V2LightModel(cfg).eval()
+    counted = count_macs(network_config(cfg), 20000, OperatingPoint.parse("s3q2k2"))
+    assert sum(counted.values()) == count_by_hooks(model, torch.randn(1, 20000), OperatingPoint.parse("s3q2k2"))
+
+
+def test_base_layout_has_the_macs_of_the_hj_pruning_paper():
+    """74.07 GMACs for 10 s: papers.md, section 5, cross-checks."""
+    subject = load_subject("pretraining/w2v2_light_base", ["model.unique_layers=12"])
+    macs = cost(subject, 10.0)["macs_by_part"]
+    expected = {"frontend": 24.54, "attention": 18.72, "ffn": 28.25}
+    for part, gmacs in expected.items():
+        assert macs[part] / 1e9 == pytest.approx(gmacs, rel=2e-3)
+    assert sum(macs.values()) / 1e9 == pytest.approx(74.07, rel=2e-3)
+
+
+def test_parameters_are_those_of_the_model():
+    subject = load_subject(TINY, [])
+    model = W2V2LightModel(subject.model)
+    assert sum(count_parameters(subject).values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_effective_parameters_are_those_of_the_unshared_model():
+    shared = cost(load_subject(TINY, []))
+    unshared = cost(load_subject(TINY, ["model.unique_layers=0"]))
+    assert shared["effective_parameters"] == unshared["parameters"] > shared["parameters"]
+
+
+def test_fine_tuning_recipe_counts_the_ctc_model():
+    result = cost(load_subject("finetuning/tiny", [f"model.recipe={TINY}"], vocabulary=20))
+    pretraining = cost(load_subject(TINY, []))
+    assert result["kind"] == "ctc"
+    assert result["parameters_by_part"]["heads"] == 193 * 20
+    assert result["parameters_by_part"]["layers"] == pretraining["parameters_by_part"]["layers"]
+
+
+def test_json_and_table(capsys):
+    assert main(["cost", TINY, "model.encoder_layers=2", "--json", "--operating-point", "s2q1k1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["layers"] == 2 and result["operating_point"] == "s2q1k1" and result["seconds"] == 10
+    assert f"{result['parameters']:,}" in format_cost(result)
+
+
+def test_text_overrides_are_taken_as_they_stand():
+    shape = "[(64,10,5)] + [(64,3,2)] * 6"
+    subject = load_subject(TINY, [f"model.conv_feature_layers={shape}"])
+    assert network_config(subject.model).features_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TINY, "model.nonsense=1"], "'model.nonsense': the model has no such key"),
+        ([TINY, "unique_layers=1"], "expected model.KEY=VALUE"),
+        ([TINY, "model.unique_layers=9"], "unique_layers: found 9"),
+        (["pretraining/nothing"], "recipe 'pretraining/nothing': no such file or name"),
+        (["finetuning/tiny"], "add model.recipe=pretraining/NAME or model.w2v_path=CHECKPOINT"),
+        ([TINY, "--operating-point", "s9q1k1"], "not trained with squeeze factor 9"),
+        ([TINY, "--operating-point", "fast"], "operating point 'fast': expected sSqQkK"),
+        ([TINY, "--seconds", "0"], "--seconds: found 0"),
+        ([TINY, "--seconds", "0.01"], "too short"),
+    ],
+)
+def test_bad_input_gets_a_message(arguments, message, capsys):
+    assert main(["cost", *arguments]) == 2
+    assert message in capsys.readouterr().err
