@@ -72,8 +72,8 @@ class LightContrastive(FairseqCriterion):
             "sample_size": frames,
             "batches": 1,
         }
-        if "operating_point" in output:
-            point = output["operating_point"]
+        point = output.get("operating_point")
+        if point is not None and "-" not in point:  # points that pool per layer are too many to log one by one
             log.update({f"loss@{point}": contrastive.detach(), f"correct@{point}": correct, f"frames@{point}": frames})
         if "code_perplexity" in output:
             for key in ("code_perplexity", "prob_perplexity", "temp"):

@@ -106,8 +106,9 @@ class LightCtcEncoder(Wav2VecEncoder):
     def _check_normalize(cfg, start: EncoderCheckpoint) -> None:
         trained = bool(start.cfg.task.get("normalize", False))
         if bool(cfg.normalize) != trained:
+            says = "the recipe has" if start.model is None else "the encoder was pre-trained with"
             raise ValueError(
-                f"task.normalize: found {bool(cfg.normalize)}, but the encoder was pre-trained with {trained}; "
+                f"task.normalize: found {bool(cfg.normalize)}, but {says} {trained}; "
                 f"set task.normalize={str(trained).lower()}"
             )
 
@@ -126,8 +127,9 @@ def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
     model = start.cfg.model
     changes = {
         "operating_point_seed": cfg.operating_point_seed if isinstance(cfg.operating_point_seed, int) else 1,
-        "unsqueeze_factor": model.unsqueeze_factor or max(model.squeeze_factors),
     }
+    if start.model is not None:  # the weights there are
+        changes["unsqueeze_factor"] = model.unsqueeze_factor or max(model.squeeze_factors)
     for key in ("squeeze_factors", "query_pools", "kv_pools"):
         value = getattr(cfg, key, None)
         if value is not None:

@@ -342,12 +342,12 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         return self.quantizer.forward_idx(self.layer_norm(frames))
 
     def remove_pretraining_modules(self, last_layer=None) -> None:
-        """Drops the pre-training heads, and the layers above `last_layer` (unshared models only)."""
-        self.quantizer = self.project_q = self.target_glu = self.final_proj = None
+        """Drops the pre-training heads; raises ValueError for `last_layer`, which stock uses to drop layers."""
         if last_layer is not None:
             raise ValueError(
                 f"last_layer={last_layer}: w2v2_light keeps its layers; set encoder_layers or layer_map instead"
             )
+        self.quantizer = self.project_q = self.target_glu = self.final_proj = None
 
     def _extract_frames(self, source, padding_mask):
         lengths = None

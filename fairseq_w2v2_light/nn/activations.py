@@ -8,15 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _linear(x: Tensor) -> Tensor:
+    return x
+
+
+# named functions, not lambdas: modules that hold one can be pickled
 _ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
     "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
+    "relu_squared": _relu_squared,
     "swish": F.silu,
     "tanh": torch.tanh,
-    "linear": lambda x: x,
+    "linear": _linear,
 }
 
 

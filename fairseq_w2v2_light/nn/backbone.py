@@ -36,8 +36,13 @@ class Backbone(nn.Module):
         return frames if self.post_extract_proj is None else self.post_extract_proj(frames)
 
     def encode(
-        self, wave: Tensor, lengths: Optional[Tensor] = None, point: OperatingPoint = OperatingPoint()
+        self, wave: Tensor, lengths: Optional[Tensor] = None, point: Optional[OperatingPoint] = None
     ) -> Tuple[EncoderOutput, Optional[FrameMask]]:
-        """Inference from `wave` (batch, samples), of which `lengths` (batch,) samples are valid (None: all)."""
+        """Inference from `wave` (batch, samples), of which `lengths` (batch,) samples are valid (None: all).
+
+        Raises ValueError for an operating point that the model was not trained for.
+        """
+        points = self.config.operating_points
+        point = points.default if point is None else points.check(point)
         frames, mask = self.features(wave, lengths)
         return self.encoder(self.project(self.layer_norm(frames)), mask, point), mask

@@ -79,7 +79,7 @@ def parse_conv_layers(text: str) -> Tuple[Tuple[int, int, int], ...]:
     problem = f"conv_feature_layers '{text}': expected a list of (channels, kernel, stride), like [(512, 10, 5)] * 2"
     try:
         layers = _evaluate(ast.parse(str(text).strip(), mode="eval").body)
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(problem) from error
     if not isinstance(layers, list) or not layers:
         raise ValueError(problem)
@@ -91,8 +91,12 @@ def parse_conv_layers(text: str) -> Tuple[Tuple[int, int, int], ...]:
     return tuple(tuple(layer) for layer in layers)
 
 
+# no frontend has as many layers, or channels
+_LARGEST = 100_000
+
+
 def _evaluate(node):
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+    if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.List):
         return [_evaluate(element) for element in node.elts]
@@ -102,7 +106,8 @@ def _evaluate(node):
         return _evaluate(node.left) + _evaluate(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         left, right = _evaluate(node.left), _evaluate(node.right)
-        if max(value for value in (left, right, 0) if isinstance(value, int)) > 1000:
+        sizes = [value if isinstance(value, int) else len(value) for value in (left, right)]
+        if sizes[0] * sizes[1] > _LARGEST:
             raise TypeError("repeats too often")
         return left * right
     raise TypeError(f"{ast.dump(node)} is not allowed")

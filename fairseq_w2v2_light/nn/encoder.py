@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.upsample = Unsqueeze(config.dim, config.unsqueeze_factor) if config.unsqueeze_factor > 1 else None
         self.apply(_initialise)
         if self.upsample is not None:
-            nn.init.kaiming_normal_(self.upsample[0].weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(self.upsample[0].weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
         self,

@@ -82,7 +82,10 @@ class ConvBlock(nn.Sequential):
         x = self[0](x)
         if len(self) == 4:
             x = self[2](x, lengths)
-        return F.gelu(x)
+        if isinstance(self[2], ChannelLayerNorm):
+            return F.gelu(x)
+        # torch 2.1 computes garbage on CPUs for the gradient of a contiguous input whose output's is transposed
+        return F.gelu(x.transpose(1, 2)).transpose(1, 2)
 
 
 class Frontend(nn.Module):

@@ -17,7 +17,7 @@ class Fp32BatchNorm1d(nn.BatchNorm1d):
         y = F.batch_norm(
             x.float(), mean, variance, self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps
         )
-        if self.training:
+        if self.training and mean is not self.running_mean:
             with torch.no_grad():
                 self.running_mean.copy_(mean)
                 self.running_var.copy_(variance)
@@ -44,4 +44,4 @@ class ProjectionMLP(nn.Module):
         nn.init.zeros_(self.net[3].bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.transpose(1, 2)).transpose(1, 2)
+        return self.net(x.transpose(1, 2)).transpose(1, 2).contiguous()

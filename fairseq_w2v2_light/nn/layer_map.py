@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Tuple
 
 _EXPECTED = "expected 'groups', 'cycle', or one stored layer per depth like '0,0,1,1' or '0x6,1x6'"
+_MOST_LAYERS = 1000
 
 
 def parse_layer_map(text: str, depth: int, unique_layers: int = 0) -> Tuple[int, ...]:
@@ -40,8 +41,10 @@ def parse_layer_map(text: str, depth: int, unique_layers: int = 0) -> Tuple[int,
 
 def _parse_item(item: str, text: str) -> Tuple[int, ...]:
     index, times, count = item.partition("x")
-    if not index.isdigit() or (times and not count.isdigit()):
+    if not index.isdecimal() or (times and not count.isdecimal()):
         raise ValueError(f"layer_map '{text}': '{item}' is no layer number; {_EXPECTED}")
+    if times and int(count) > _MOST_LAYERS:
+        raise ValueError(f"layer_map '{text}': '{item}' repeats a layer more than {_MOST_LAYERS} times; {_EXPECTED}")
     return (int(index),) * (int(count) if times else 1)
 
 

@@ -16,6 +16,7 @@ from typing import Iterator, Sequence, Tuple
 _FORM = re.compile(r"s(\d+)q([\dx-]+)k([\dx-]+)")
 _ITEM = re.compile(r"(\d+)(?:x(\d+))?")
 _EXPECTED = "expected sSqQkK, for example s2q1k2 (per layer: s1q1-1-2-2k1 or s1q1x6-2x6k1)"
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def _parse_factors(part: str, text: str) -> Tuple[int, ...]:
         match = _ITEM.fullmatch(item)
         if match is None:
             raise ValueError(f"operating point '{text}': '{item}' is no pooling factor; {_EXPECTED}")
-        factors.extend([int(match.group(1))] * int(match.group(2) or 1))
+        count = int(match.group(2) or 1)
+        if not 1 <= count <= _MOST_LAYERS:
+            raise ValueError(f"operating point '{text}': '{item}' is for {count} layers; {_EXPECTED}")
+        factors.extend([int(match.group(1))] * count)
     return tuple(factors)
 
 

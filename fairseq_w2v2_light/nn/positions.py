@@ -52,4 +52,5 @@ class ConvPositions(nn.Sequential):
 
     def forward(self, x: Tensor, stride: int = 1) -> Tensor:
         """(batch, time, channel) -> (batch, ceil(time / stride), channel)."""
-        return F.gelu(self[0](x.transpose(1, 2), stride)).transpose(1, 2)
+        # GELU last, see ConvBlock
+        return F.gelu(self[0](x.transpose(1, 2), stride).transpose(1, 2))

@@ -1,5 +1,6 @@
 """Task `light_pretraining`: fairseq's audio_pretraining with checked manifests and reproducible crops."""
 
+import functools
 import zlib
 from dataclasses import dataclass
 
@@ -29,18 +30,23 @@ class LightPretrainingTask(AudioPretrainingTask):
         _seed_crops(self.datasets[split])
 
 
+class _SeededCrops:
+    """Stands in for a dataset's `crop_to_max_size`: its random crop depends on the epoch and the audio only."""
+
+    def __init__(self, crop):
+        self.crop = crop
+        self.epoch = 1
+
+    def __call__(self, wave, *args, **kwargs):
+        with numpy_seed(zlib.crc32(wave[:16000].contiguous().numpy().tobytes()), self.epoch):
+            return self.crop(wave, *args, **kwargs)
+
+
 def _seed_crops(dataset) -> None:
-    """Replaces the dataset's random crop by one that depends on the epoch and the audio only."""
-    crop, set_epoch = dataset.crop_to_max_size, dataset.set_epoch
-    state = {"epoch": 1}
+    dataset.crop_to_max_size = crops = _SeededCrops(dataset.crop_to_max_size)
+    dataset.set_epoch = functools.partial(_set_epoch, crops, dataset.set_epoch)
 
-    def seeded_crop(wave, *args, **kwargs):
-        with numpy_seed(zlib.crc32(wave[:16000].contiguous().numpy().tobytes()), state["epoch"]):
-            return crop(wave, *args, **kwargs)
 
-    def remember_epoch(epoch):
-        state["epoch"] = epoch
-        set_epoch(epoch)
-
-    dataset.crop_to_max_size = seeded_crop
-    dataset.set_epoch = remember_epoch
+def _set_epoch(crops: _SeededCrops, set_epoch, epoch) -> None:
+    crops.epoch = epoch
+    set_epoch(epoch)
