@@ -271,7 +271,7 @@ def test_training_from_scratch_by_recipe(corpus, tmp_path):
         tmp_path / "scratch",
         "",
         "model.recipe=pretraining/light_stochastic_tiny",
-        f"model.recipe_overrides={overrides}",
+        f"+model.recipe_overrides={overrides}",
     )
     names = weights(checkpoint)
     assert names["w2v_encoder.w2v_model.encoder.layers.0.fc1.weight"].shape == (64, 32)

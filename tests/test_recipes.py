@@ -1,0 +1,279 @@
+"""Every recipe in config/: composed by hydra as fairseq-hydra-train does, and built."""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import re
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.models import MODEL_DATACLASS_REGISTRY, build_model
+from fairseq.models.wav2vec import wav2vec2
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import fairseq_w2v2_light  # noqa: F401 - registers the models
+from fairseq_w2v2_light.paths import config_dir
+
+try:
+    from hydra import compose, initialize_config_dir
+except ImportError:
+    from hydra.experimental import compose, initialize_config_dir
+
+ALL = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))
+TRAINING = [name for name in ALL if name.startswith(("pretraining/", "finetuning/"))]
+PRETRAINING = [name for name in ALL if name.startswith("pretraining/")]
+FINETUNING = [name for name in ALL if name.startswith("finetuning/")]
+
+SCALED_RUN = [
+    "common.fp16=false",
+    "common.seed=5",
+    "common.log_interval=1",
+    "common.tensorboard_logdir=/tmp/board",
+    "checkpoint.save_dir=/tmp/run",
+    "checkpoint.save_interval_updates=2",
+    "task.data=/tmp/data",
+    "task.normalize=true",
+    "dataset.num_workers=0",
+    "dataset.max_tokens=160000",
+    "dataset.batch_size=2",
+    "dataset.train_subset=train",
+    "dataset.valid_subset=valid",
+    "dataset.validate_interval=1",
+    "dataset.validate_interval_updates=2",
+    "dataset.disable_validation=true",
+    "distributed_training.distributed_world_size=1",
+    "distributed_training.ddp_backend=no_c10d",
+    "optimization.max_update=2",
+    "optimization.update_freq=[1]",
+    "optimization.lr=[0.001]",
+    "optimization.clip_norm=1",
+    "optimizer.adam_eps=1e-6",
+]
+SCALED_ENCODER = [
+    "task.max_sample_size=160000",
+    "task.min_sample_size=8000",
+    "lr_scheduler.warmup_updates=1",
+    "criterion.loss_weights=[0.5,1.0]",
+    "model.encoder_layers=2",
+    "model.encoder_embed_dim=32",
+    "model.encoder_ffn_embed_dim=64",
+    "model.encoder_attention_heads=2",
+    "model.conv_feature_layers='[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2'",
+    "model.extractor_mode=default",
+    "model.layer_norm_first=false",
+    "model.conv_pos=16",
+    "model.conv_pos_groups=4",
+    "model.final_dim=16",
+    "model.latent_vars=8",
+    "model.latent_groups=2",
+    "model.latent_temp=[2.0,0.5,0.999]",
+    "model.num_negatives=10",
+    "model.dropout=0.1",
+    "model.attention_dropout=0.0",
+    "model.dropout_input=0.0",
+    "model.dropout_features=0.0",
+    "model.encoder_layerdrop=0.0",
+    "model.feature_grad_mult=1.0",
+    "model.mask_prob=0.5",
+    "model.mask_length=4",
+    "model.unique_layers=2",
+    "model.squeeze_factors=[1,2]",
+    "model.projection_hidden_dim=32",
+]
+
+
+@functools.lru_cache(maxsize=None)
+def composed(recipe, overrides):
+    """Composes a recipe and fills in the defaults, as fairseq-hydra-train does."""
+    folder, _, file = recipe.rpartition("/")
+    name = file[: -len(".yaml")]
+    hydra_init(name)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_dir() / folder)):
+            cfg = compose(config_name=name, overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().clear()
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
+    add_defaults(cfg)
+    return cfg
+
+
+def load(recipe, *overrides):
+    """A copy of the composed recipe, which the test may change."""
+    return copy.deepcopy(composed(recipe, overrides))
+
+
+def count(cfg_model):
+    """Parameters of a fairseq model, built on the meta device: no memory, no initialisation."""
+    # fairseq initialises by way of the CPU, and torch 2.1 has no weight norm on the meta device
+    weight_norm = importlib.import_module("torch.nn.utils.weight_norm")
+    with mock.patch.object(wav2vec2, "init_bert_params", lambda module: None):
+        with mock.patch.object(weight_norm, "_weight_norm", lambda v, g, dim: v), torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_model(cfg_model, None).parameters())
+
+
+def stock_count(cfg_model):
+    """Parameters of fairseq's own Wav2Vec2Model with the stock keys of `cfg_model`."""
+    keys = {field.name for field in dataclasses.fields(wav2vec2.Wav2Vec2Config)}
+    model = {key: cfg_model[key] for key in cfg_model if key in keys}
+    return count(OmegaConf.create({**model, "_name": "wav2vec2"}))
+
+
+def plugin_keys(registry, name):
+    """Keys of a registered dataclass that stock fairseq's parent of it does not have."""
+    config = registry[name]
+    stock = next(base for base in config.__mro__ if not base.__module__.startswith("fairseq_w2v2_light"))
+    inherited = {field.name for field in dataclasses.fields(stock)} if dataclasses.is_dataclass(stock) else set()
+    return {field.name for field in dataclasses.fields(config)} - inherited
+
+
+def test_the_recipes_are_there():
+    sizes = {"w2v2_light_tiny", "w2v2_light_base", "w2v2_light_large", "sew_tiny", "sew_small", "sew_mid"}
+    sizes |= {"stochastic_sew_tiny", "stochastic_sew_base"}
+    assert {f"pretraining/{name}.yaml" for name in sizes} <= set(PRETRAINING)
+    assert {f"finetuning/{hours}.yaml" for hours in ("10m", "1h", "10h", "100h")} <= set(FINETUNING)
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_no_environment_interpolation(recipe):
+    text = (config_dir() / recipe).read_text(encoding="utf-8")
+    assert re.findall(r"\$\{\s*(?:oc\.)?env\s*:", text) == []
+
+
+@pytest.mark.parametrize("recipe", ALL)
+def test_no_batch_is_dropped(recipe):
+    listed = yaml.safe_load((config_dir() / recipe).read_text(encoding="utf-8"))
+    assert listed["dataset"]["required_batch_size_multiple"] == 1
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+@pytest.mark.parametrize(
+    "section, registry",
+    [
+        ("model", MODEL_DATACLASS_REGISTRY),
+        ("criterion", CRITERION_DATACLASS_REGISTRY),
+        ("task", TASK_DATACLASS_REGISTRY),
+    ],
+)
+def test_lists_every_plugin_key(recipe, section, registry):
+    listed = yaml.safe_load((config_dir() / recipe).read_text(encoding="utf-8"))[section]
+    assert plugin_keys(registry, listed["_name"]) - set(listed) == set()
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+def test_composes_with_its_own_values(recipe):
+    cfg = load(recipe)
+    listed = yaml.safe_load((config_dir() / recipe).read_text(encoding="utf-8"))
+    assert cfg.optimization.max_update == listed["optimization"]["max_update"]
+    assert cfg.dataset.required_batch_size_multiple == 1
+    assert cfg.model._name == listed["model"]["_name"]
+    assert cfg.model.operating_point_seed == cfg.common.seed
+
+
+@pytest.mark.parametrize("recipe", [name for name in PRETRAINING if "light_stochastic_tiny" not in name])
+def test_pretraining_recipe_scales_down_by_plain_overrides(recipe):
+    model = build_model(load(recipe, *SCALED_RUN, *SCALED_ENCODER).model, None).train()
+    output = model(torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)))
+    targets = model.get_logits(output)[:, 0]
+    assert len(targets) > 0 and targets.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [name for name in FINETUNING if re.search(r"/\d", name)])
+def test_finetuning_recipe_takes_plain_overrides(recipe):
+    cfg = load(
+        recipe,
+        *SCALED_RUN,
+        "task.labels=spm",
+        "criterion.post_process=sentencepiece",
+        "lr_scheduler.phase_ratio=[0.2,0.3,0.5]",
+        "model.w2v_path=/tmp/checkpoint_last.pt",
+        "model.operating_point=s2q1k2",
+        "model.squeeze_factors=[1,2]",
+        "model.recipe=pretraining/w2v2_light_tiny",
+        # hydra 1.0 wants the plus where a dict replaces null
+        "+model.recipe_overrides={encoder_layers: 2}",
+        "model.freeze_finetune_updates=1",
+        "model.feature_grad_mult=1.0",
+        "model.layerdrop=0.0",
+        "model.dropout=0.1",
+        "model.final_dropout=0.1",
+        "model.mask_prob=0.3",
+        "model.mask_channel_prob=0.1",
+    )
+    assert cfg.model.operating_point == "s2q1k2"
+    assert cfg.model.recipe_overrides == {"encoder_layers": 2}
+    assert cfg.task._name == "audio_ctc" and cfg.task.labels == "spm"
+
+
+def effective_batch(cfg):
+    """Samples an update."""
+    return cfg.distributed_training.distributed_world_size * cfg.optimization.update_freq[0] * cfg.dataset.max_tokens
+
+
+@pytest.mark.parametrize(
+    "recipe, samples",
+    [
+        ("pretraining/w2v2_light_base.yaml", 64 * 1_400_000),
+        ("pretraining/w2v2_light_large.yaml", 128 * 1_200_000),
+        ("pretraining/sew_tiny.yaml", 32 * 2_800_000),
+        ("pretraining/sew_small.yaml", 64 * 1_400_000),
+        ("pretraining/sew_mid.yaml", 64 * 1_400_000),
+        ("pretraining/stochastic_sew_tiny.yaml", 32 * 2_800_000),
+        ("pretraining/stochastic_sew_base.yaml", 64 * 1_400_000),
+        ("finetuning/10m.yaml", 2 * 4 * 3_200_000),
+        ("finetuning/1h.yaml", 2 * 4 * 3_200_000),
+        ("finetuning/10h.yaml", 2 * 4 * 3_200_000),
+        ("finetuning/100h.yaml", 2 * 4 * 3_200_000),
+    ],
+)
+def test_effective_batch_is_that_of_the_source(recipe, samples):
+    cfg = load(recipe)
+    assert cfg.distributed_training.distributed_world_size == 8
+    assert effective_batch(cfg) == samples
+
+
+def test_w2v2_light_large_has_27_67_million_parameters():
+    assert count(load("pretraining/w2v2_light_large.yaml").model) == pytest.approx(27.67e6, rel=0.005)
+
+
+def test_unshared_large_equals_fairseq():
+    model = load("pretraining/w2v2_light_large.yaml", "model.unique_layers=24").model
+    assert count(model) == stock_count(model)
+    assert count(model) == pytest.approx(317.38e6, rel=1e-4)
+
+
+def test_unshared_base_equals_fairseq():
+    model = load("pretraining/w2v2_light_base.yaml", "model.unique_layers=12").model
+    assert count(model) == stock_count(model)
+
+
+@pytest.mark.parametrize(
+    "recipe, parameters",
+    [
+        ("pretraining/sew_tiny.yaml", 46_378_911),
+        ("pretraining/sew_small.yaml", 96_339_103),
+        ("pretraining/sew_mid.yaml", 181_393_567),
+    ],
+)
+def test_sew_has_its_authors_parameters(recipe, parameters):
+    assert count(load(recipe).model) == parameters
+
+
+def test_sew_runs_at_one_operating_point():
+    model = build_model(load("pretraining/sew_tiny.yaml", *SCALED_ENCODER[4:-2]).model, None).train()
+    assert str(model.current_operating_point()) == "s2q1k1"
+
+
+@pytest.mark.parametrize("recipe", ["pretraining/stochastic_sew_tiny.yaml", "pretraining/stochastic_sew_base.yaml"])
+def test_stochastic_recipes_draw_from_every_mechanism(recipe):
+    model = load(recipe).model
+    assert list(model.squeeze_factors) == [1, 2, 3, 4]
+    assert list(model.query_pools) == [1, 2] and list(model.kv_pools) == [1, 2]
