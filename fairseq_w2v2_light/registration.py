@@ -12,9 +12,6 @@ import sys
 
 def register() -> None:
     """Registers models, criterions and tasks; imports fairseq."""
-    # fairseq advises everyone who imports it, on stderr, to install tensorboardX
-    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-
     from . import compat, criterions, models, tasks  # noqa: F401
 
     compat.allow_checkpoint_types()
@@ -41,6 +38,8 @@ class _AfterFairseq(importlib.abc.MetaPathFinder):
             execute = spec.loader.exec_module
 
             def execute_and_register(module):
+                # fairseq advises everyone who imports it, on stderr, to install tensorboardX
+                logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
                 execute(module)
                 register()
 
