@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="where everything goes")
     parser.add_argument("--pretrain-updates", type=int, default=200)
     parser.add_argument("--finetune-updates", type=int, default=1000)
+    parser.add_argument("--utterances", type=int, nargs=3, default=(900, 60, 100), metavar=("TRAIN", "VALID", "TEST"))
     args = parser.parse_args()
     start = time.time()
     data, out = args.out / "data", args.out
 
     step(1, "synthesise connected digits: espeak-ng voices, the test voices never in training")
     if not (data / "train.tsv").is_file():
-        w2v2_light("prepare", "synth", str(data))
+        w2v2_light("prepare", "synth", str(data), "--utterances", *map(str, args.utterances))
 
     step(2, "pre-train a model of four layers that share one set of weights, at a random operating point per update")
     pretrained = train(
