@@ -68,6 +68,10 @@ class W2V2LightConfig(Wav2Vec2Config):
         default=0,
         metadata={"help": "largest squeeze factor that the unsqueeze layer has weights for; 0: max(squeeze_factors)"},
     )
+    unsqueeze_residual: bool = field(
+        default=True,
+        metadata={"help": "add the squeezed frame to each of its sub-frames, which stochastic models need; false: SEW"},
+    )
     squeeze_tail: str = field(
         default="keep",
         metadata={"help": "a last squeeze window that is not full: 'keep' pools its frames, 'drop' zeroes them (SEW)"},
@@ -108,6 +112,7 @@ def network_config(cfg: W2V2LightConfig) -> EncoderConfig:
         kv_pools=tuple(cfg.kv_pools),
         pool_per_layer=bool(cfg.pool_per_layer),
         unsqueeze_factor=cfg.unsqueeze_factor or None,
+        unsqueeze_residual=bool(cfg.unsqueeze_residual),
         squeeze_tail=cfg.squeeze_tail,
         dropout=cfg.dropout,
         attention_dropout=cfg.attention_dropout,

@@ -20,6 +20,7 @@ class EncoderConfig:
     attention_map_every: n computes an attention map at every n-th depth, the others reuse it.
     operating_points: the operating points the model is trained for.
     unsqueeze_factor: largest squeeze factor that the unsqueeze layer has weights for (1: it has none).
+    unsqueeze_residual: add the squeezed frame to its sub-frames (False: SEW).
     squeeze_tail: "keep" pools a last window that is not full, "drop" leaves it out (SEW).
     """
 
@@ -37,6 +38,7 @@ class EncoderConfig:
     attention_map_every: int = 1
     operating_points: OperatingPointSpace = OperatingPointSpace()
     unsqueeze_factor: int = 1
+    unsqueeze_residual: bool = True
     squeeze_tail: str = "keep"
     dropout: float = 0.0
     attention_dropout: float = 0.0

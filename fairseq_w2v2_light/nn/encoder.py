@@ -53,10 +53,12 @@ class Encoder(nn.Module):
             for _ in range(config.unique_layers)
         )
         self.layer_norm = nn.LayerNorm(config.dim)
-        self.upsample = Unsqueeze(config.dim, config.unsqueeze_factor) if config.unsqueeze_factor > 1 else None
+        self.upsample = None
+        if config.unsqueeze_factor > 1:
+            self.upsample = Unsqueeze(config.dim, config.unsqueeze_factor, config.unsqueeze_residual)
         self.apply(_initialise)
         if self.upsample is not None:
-            nn.init.kaiming_normal_(self.upsample[0].weight, mode="fan_out", nonlinearity="relu")
+            self.upsample.reset_parameters()
 
     def forward(
         self,

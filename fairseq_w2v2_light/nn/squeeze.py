@@ -30,14 +30,27 @@ class Unsqueeze(nn.Sequential):
 
     f is the largest squeeze factor that the model is trained with. At factor f this is SEW's layer: rows i d to
     (i + 1) d make sub-frame i. At a smaller factor s, sub-frame j uses the block that lies at the same relative
-    position in the window, floor((2 j + 1) f / (2 s)). How stochastic wav2vec 2.0 (arXiv 2204.11934) upsamples is not
-    public; this is our design. State names are SEW's: `upsample.0.weight` (f d, d), `upsample.0.bias`.
+    position in the window, floor((2 j + 1) f / (2 s)).
+
+    With `residual`, the squeezed frame is added to each of its sub-frames. A model that also runs unsqueezed needs
+    it: its heads read frames of either sign at squeeze 1, and a GELU alone gives hardly any below zero. How stochastic
+    wav2vec 2.0 (arXiv 2204.11934) upsamples is not public; this is our design, and SEW's without `residual`. State
+    names are SEW's: `upsample.0.weight` (f d, d), `upsample.0.bias`.
     """
 
-    def __init__(self, dim: int, factor: int):
+    def __init__(self, dim: int, factor: int, residual: bool = False):
         super().__init__(nn.Linear(dim, factor * dim))
         self.dim = dim
         self.factor = factor
+        self.residual = residual
+
+    def reset_parameters(self) -> None:
+        """SEW's initialisation; small weights, so that training starts from repeated frames, with `residual`."""
+        if self.residual:
+            nn.init.normal_(self[0].weight, mean=0.0, std=0.02)
+        else:
+            nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self[0].bias)
 
     def blocks(self, factor: int) -> List[int]:
         """Which of the f weight blocks makes each of the `factor` sub-frames; for f = 4, factor 2: [1, 3]."""
@@ -53,5 +66,8 @@ class Unsqueeze(nn.Sequential):
             weight = linear.weight.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten(0, 1)
             bias = linear.bias.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten()
             y = F.linear(x, weight, bias)
-        y = F.gelu(y).unflatten(-1, (factor, self.dim)).flatten(1, 2)[:, :time]
+        y = F.gelu(y).unflatten(-1, (factor, self.dim))
+        if self.residual:
+            y = y + x.unsqueeze(2)
+        y = y.flatten(1, 2)[:, :time]
         return F.pad(y, (0, 0, 0, time - y.size(1)))

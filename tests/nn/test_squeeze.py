@@ -9,6 +9,8 @@ from fairseq_w2v2_light.nn import OperatingPoint
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.squeeze import Unsqueeze
 
+SEW = {"squeeze_tail": "drop", "unsqueeze_residual": False}
+
 
 def sew_encode(encoder, x, factor, lengths=None):
     """SEW's encoder with its own building blocks: Conv1d with stride and weight_norm, AvgPool1d, Linear upsampling.
@@ -83,9 +85,7 @@ def stock_layer(layer, x, padding):
 @pytest.mark.parametrize("factor", (2, 3, 4))
 @pytest.mark.parametrize("time", (12, 13, 14, 23))
 def test_equals_sew_when_the_tail_is_dropped(tiny, norm_first, conv_pos, factor, time):
-    encoder = tiny.encoder(
-        squeeze_factors=(factor,), squeeze_tail="drop", norm_first=norm_first, conv_pos=conv_pos, encoder_layers=2
-    )
+    encoder = tiny.encoder(squeeze_factors=(factor,), norm_first=norm_first, conv_pos=conv_pos, encoder_layers=2, **SEW)
     x, _ = tiny.frames(time, time)
     with torch.no_grad():
         ours = encoder(x, None, OperatingPoint(factor)).x
@@ -95,7 +95,7 @@ def test_equals_sew_when_the_tail_is_dropped(tiny, norm_first, conv_pos, factor,
 
 @pytest.mark.parametrize("factor", (2, 3))
 def test_equals_sew_on_the_heard_frames_of_a_padded_batch(tiny, factor):
-    encoder = tiny.encoder(squeeze_factors=(factor,), squeeze_tail="drop", encoder_layers=2)
+    encoder = tiny.encoder(squeeze_factors=(factor,), encoder_layers=2, **SEW)
     lengths = torch.tensor([18, 11, 7, 4])
     x, mask = tiny.frames(*lengths.tolist())
     with torch.no_grad():
@@ -149,6 +149,28 @@ def test_every_factor_uses_its_blocks(factor):
             torch.testing.assert_close(y[:, frame::factor], expected)
 
 
+@pytest.mark.parametrize("factor", (1, 2, 3, 4))
+def test_residual_adds_the_squeezed_frame_to_each_of_its_sub_frames(factor):
+    torch.manual_seed(0)
+    plain, residual = Unsqueeze(3, 4), Unsqueeze(3, 4, residual=True)
+    residual.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, 3)
+    time = 5 * factor - 1
+    repeated = x.repeat_interleave(factor, dim=1)[:, :time]
+    with torch.no_grad():
+        torch.testing.assert_close(residual(x, factor, time), plain(x, factor, time) + repeated)
+
+
+def test_residual_starts_close_to_repeated_frames():
+    torch.manual_seed(0)
+    unsqueeze = Unsqueeze(64, 2, residual=True)
+    unsqueeze.reset_parameters()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        difference = unsqueeze(x, 2, 10) - x.repeat_interleave(2, dim=1)
+    assert difference.abs().mean() < 0.2 * x.abs().mean()
+
+
 @pytest.mark.parametrize("time", (7, 8, 9, 11))
 def test_unsqueeze_cuts_or_pads_to_the_length(time):
     unsqueeze = Unsqueeze(3, 3)
@@ -188,6 +210,7 @@ def test_unsqueeze_is_initialised_as_sew_does():
         conv_pos=4,
         conv_pos_groups=2,
         squeeze_factors=(2,),
+        unsqueeze_residual=False,
     )
     linear = Encoder(config).upsample[0]
     assert linear.weight.std().item() == pytest.approx((2 / (2 * 128)) ** 0.5, rel=0.05)
