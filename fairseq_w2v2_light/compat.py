@@ -14,6 +14,7 @@ import re
 import runpy
 import shutil
 import sys
+import traceback
 import warnings
 import zipfile
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 import fairseq
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.data.data_utils import compute_mask_indices
 from fairseq.dataclass import configs
 from fairseq.file_io import PathManager
+from hydra._internal import utils as hydra_utils
 from omegaconf import OmegaConf, open_dict
 
 from .files import atomic_path
@@ -50,8 +53,6 @@ def make_checkpoint_copies_atomic() -> None:
     `checkpoint_best.pt` byte by byte (`PathManager.copy`).
     """
     stock = PathManager.copy
-    if getattr(stock, "is_atomic", False):
-        return
 
     def copy(src_path: str, dst_path: str, overwrite: bool = False):
         if PathManager.path_requires_pathmanager(dst_path):
@@ -60,8 +61,35 @@ def make_checkpoint_copies_atomic() -> None:
             shutil.copyfile(src_path, temporary)
         return dst_path
 
-    copy.is_atomic = True
     PathManager.copy = staticmethod(copy)
+
+
+def make_checkpoint_errors_clear() -> None:
+    """Lets fairseq say which file is no checkpoint, and why, where it reads one (resume, fairseq-generate).
+
+    Both versions raise what pickle raises: EOFError, KeyError: 'best_loss', and so on, without the path.
+    """
+    stock = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(stock)
+    def load(path, *args, **kwargs):
+        try:
+            return stock(path, *args, **kwargs)
+        except Exception:
+            if "://" not in str(path):
+                read_checkpoint(path)
+            raise
+
+    checkpoint_utils.load_checkpoint_to_cpu = load
+
+
+def make_hydra_print_errors() -> None:
+    """Lets a failing fairseq-hydra-train end with its own error on Python 3.10.
+
+    hydra 1.0 calls traceback.print_exception(etype=...), a name that Python 3.10 took away, and dies of that instead.
+    """
+    if "etype" not in inspect.signature(traceback.print_exception).parameters:
+        hydra_utils.print_exception = lambda etype, value, tb: traceback.print_exception(type(value), value, tb)
 
 
 def mask_seeds(rows: int) -> Dict[str, Any]:
@@ -282,3 +310,10 @@ def complete_task_config(saved: Any, current: Any) -> None:
         for key in current:
             if key not in saved and not OmegaConf.is_missing(current, key):
                 saved[key] = current[key]
+
+
+# Here and not in `registration`, which may run while this module is half imported (its `import fairseq` starts it).
+allow_checkpoint_types()
+make_checkpoint_copies_atomic()
+make_checkpoint_errors_clear()
+make_hydra_print_errors()

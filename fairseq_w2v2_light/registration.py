@@ -14,9 +14,6 @@ def register() -> None:
     """Registers models, criterions and tasks; imports fairseq."""
     from . import compat, criterions, models, tasks  # noqa: F401
 
-    compat.allow_checkpoint_types()
-    compat.make_checkpoint_copies_atomic()
-
 
 def register_with_fairseq() -> None:
     """Registers now if fairseq is imported, else right after it will be."""

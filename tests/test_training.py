@@ -166,6 +166,23 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
         assert torch.equal(value, found[name]), name
 
 
+def test_bad_audio_stops_training_and_is_named(corpus, tmp_path):
+    wave = np.random.RandomState(1).randn(16000) * 0.1
+    wave[100] = np.nan
+    soundfile.write(str(tmp_path / "nan.wav"), wave, 16000, subtype="FLOAT")
+    lines = (corpus / "train.tsv").read_text().splitlines()
+    lines[4] = f"{os.path.relpath(str(tmp_path / 'nan.wav'), lines[0])}\t16000"
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "valid.tsv").write_text((corpus / "valid.tsv").read_text())
+    overrides = ["dataset.num_workers=1", "optimization.max_update=50"]
+    process = start([train_program(), *arguments(tmp_path, tmp_path / "save", *overrides)])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert f"ValueError: {tmp_path / 'train.tsv'}:5: " in output and "nan.wav: NaN samples: 1 samples" in output
+    assert "prepare check" in output
+    assert not list((tmp_path / "save").glob("*.pt"))
+
+
 def fine_tune(corpus, save_dir, pretrained, *overrides, config=None):
     config = config or config_dir("finetuning") / "tiny.yaml"
     command = [

@@ -7,6 +7,7 @@ From Python: `infer(["task.data=...", "common_eval.path=..."])` returns one dict
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from fairseq_w2v2_light.files import atomic_path
 from fairseq_w2v2_light.paths import user_dir
 
 PASS_THROUGH = True
@@ -46,6 +48,8 @@ _PATHS = (
     "decoding.lmpath",
     "decoding.lexicon",
 )
+# What hydra takes for its own grammar in a value that is not quoted.
+_HYDRA_SIGNS = ",=()[]{}$"
 
 
 class _JobFailed(BaseException):
@@ -61,12 +65,20 @@ def run(args: argparse.Namespace) -> int:
         results = infer(args.rest)
     except SystemExit as error:
         # hydra has printed what it could not compose; 0 is its --help.
+        for text in filter(_needs_quotes, args.rest if error.code else []):
+            key, _, value = text.partition("=")
+            print(f"{key}: a path with any of {_HYDRA_SIGNS} needs quotes: \"{key}='{value}'\"", file=sys.stderr)
         return 2 if error.code else 0
     for result in results:
         point = result["operating_point"] or "operating point as trained"
         counts = f"{result['errors']} errors / {result['words']} words, {result['sentences']} utterances"
         print(f"{result['split']}, {point}: WER {result['wer']:.2f} % ({counts})")
     return 0
+
+
+def _needs_quotes(text: str) -> bool:
+    key, _, value = text.partition("=")
+    return key in _PATHS and value[:1] not in ("'", '"') and any(sign in value for sign in _HYDRA_SIGNS)
 
 
 def infer(argv: List[str]) -> List[Dict[str, Any]]:
@@ -76,7 +88,8 @@ def infer(argv: List[str]) -> List[Dict[str, Any]]:
     seconds (model and decoder, without loading) and results_path (folder, or None). Raises ValueError and
     FileNotFoundError with a message for the user, SystemExit where hydra refuses the command line.
     """
-    import fairseq_w2v2_light  # noqa: F401 - registers our models and tasks
+    import fairseq  # noqa: F401 - registers our models and tasks; before compat, which they import
+
     from fairseq_w2v2_light import compat
 
     compat.allow_checkpoint_types()
@@ -147,6 +160,7 @@ def _counting(processor: type, results: List[Dict[str, Any]]) -> type:
     """Subclass of infer's InferenceProcessor that compares the number of hypotheses with that of references."""
 
     from fairseq_w2v2_light import compat
+    from fairseq_w2v2_light.tasks.checked_audio import check_audio
 
     class CountingProcessor(processor):
         def load_model_ensemble(self):
@@ -154,29 +168,52 @@ def _counting(processor: type, results: List[Dict[str, Any]]) -> type:
             compat.complete_task_config(saved.task, self.task.cfg)
             return models, saved
 
+        def get_dataset_itr(self, *args, **kwargs):
+            split = self.cfg.dataset.gen_subset
+            tsv = Path(self.cfg.task.data) / f"{split}.tsv"
+            if tsv.is_file():
+                self.task.datasets[split] = check_audio(self.task.datasets[split], tsv)
+            return super().get_dataset_itr(*args, **kwargs)
+
+        def get_res_file(self, fname):
+            path = Path(self.cfg.decoding.results_path) / fname
+            return self.unfinished.enter_context(atomic_path(path)).open("w", buffering=1, encoding="utf-8")
+
+        def __enter__(self):
+            self.unfinished = contextlib.ExitStack()
+            return super().__enter__()
+
         def __exit__(self, *exc):
-            closed = super().__exit__(*exc)
-            if exc[0] is None:
-                split = self.cfg.dataset.gen_subset
-                expected = len(self.task.dataset(split))
-                if self.num_sentences != expected:
-                    raise ValueError(
-                        f"split {split!r}: {self.num_sentences} hypotheses for {expected} references; "
-                        "set dataset.required_batch_size_multiple=1, dataset.skip_invalid_size_inputs_valid_test=false"
-                    )
-                if self.total_length == 0:
-                    raise ValueError(f"split {split!r}: its references hold no words; the word error rate is undefined")
-                results.append(
-                    {
-                        "split": split,
-                        "wer": 100.0 * self.total_errors / self.total_length,
-                        "errors": self.total_errors,
-                        "words": self.total_length,
-                        "sentences": self.num_sentences,
-                        "seconds": self.gen_timer.sum,
-                    }
-                )
+            # Hypotheses and references get their names when all is decoded and counted.
+            with self.unfinished:
+                closed = super().__exit__(*exc)
+                # Stock has divided by the number of words before.
+                if exc[0] in (None, ZeroDivisionError):
+                    self._check_counts()
+                if exc[0] is not None:
+                    raise exc[1]
             return closed
+
+        def _check_counts(self):
+            split = self.cfg.dataset.gen_subset
+            expected = len(self.task.dataset(split))
+            if self.num_sentences != expected:
+                raise ValueError(
+                    f"split {split!r}: {self.num_sentences} hypotheses for {expected} references; "
+                    "set dataset.required_batch_size_multiple=1, dataset.skip_invalid_size_inputs_valid_test=false"
+                )
+            if self.total_length == 0:
+                raise ValueError(f"split {split!r}: its references hold no words; the word error rate is undefined")
+            results.append(
+                {
+                    "split": split,
+                    "wer": 100.0 * self.total_errors / self.total_length,
+                    "errors": self.total_errors,
+                    "words": self.total_length,
+                    "sentences": self.num_sentences,
+                    "seconds": self.gen_timer.sum,
+                }
+            )
 
     return CountingProcessor
 
@@ -228,7 +265,7 @@ def prepare_config(cfg, cwd: Path, job_dir: Path, multirun: bool = False) -> Opt
         if cfg.common_eval.post_process == "letter" and any(symbol.startswith("\u2581") for symbol in symbols):
             logger.warning("the checkpoint's symbols are sentencepieces: using common_eval.post_process=sentencepiece")
             cfg.common_eval.post_process = "sentencepiece"
-        check_split(cfg.task.data, cfg.dataset.gen_subset, labels, symbols)
+        check_split(cfg.task.data, cfg.dataset.gen_subset, labels, symbols, cfg.task.get("min_sample_size"))
     return None if point is None else str(point)
 
 
@@ -260,6 +297,7 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
     or has no operating points but is to run at one.
     """
     from fairseq_w2v2_light import compat
+    from fairseq_w2v2_light.models.checkpoint import require_finite_weights
 
     state = compat.read_checkpoint(path)
     model = compat.checkpoint_section(state, "model")
@@ -276,13 +314,17 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
             f"{path}: decoding.operating_point is {point}, but this {name} checkpoint has no operating points "
             "(it holds no w2v2_light or stochastic_sew model); leave decoding.operating_point out"
         )
+    require_finite_weights(state["model"], path)
     return labels, symbols
 
 
-def check_split(data: str, split: str, labels: Optional[str], symbols: List[str]) -> None:
+def check_split(
+    data: str, split: str, labels: Optional[str], symbols: List[str], min_sample_size: Optional[int] = None
+) -> None:
     """Raises ValueError or FileNotFoundError, naming file and line, where a split cannot be decoded.
 
-    Reads the text files, and the header of every audio file. `symbols` are the checkpoint's.
+    Reads the text files, and the header of every audio file. `symbols` are the checkpoint's; fairseq
+    leaves out what is shorter than `min_sample_size`.
     """
     from fairseq_w2v2_light.data import manifest
 
@@ -293,7 +335,7 @@ def check_split(data: str, split: str, labels: Optional[str], symbols: List[str]
     if Path(data).is_dir() and not tsv.is_file():
         raise FileNotFoundError(f"{tsv}: no such split; {data} has: {', '.join(manifest.list_splits(data))}")
     has_dictionary = (Path(data) / f"dict.{labels}.txt").is_file()
-    manifest.validate_split(data, split, labels if has_dictionary else None)
+    manifest.validate_split(data, split, labels if has_dictionary else None, min_sample_size)
     root, entries = manifest.read_manifest(tsv).root, manifest.read_manifest(tsv).entries
     for number, entry in enumerate(entries, start=2):
         problem = None if manifest.is_zip_slice(entry.path) else manifest.audio_header_problem(Path(root) / entry.path)

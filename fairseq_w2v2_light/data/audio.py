@@ -1,6 +1,7 @@
 """Audio files: what is wrong with one, and how to make it 16 kHz mono."""
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -51,6 +52,8 @@ def inspect_audio(path: Path, min_frames: int = RECEPTIVE_FIELD, deep: bool = Fa
     """
     if not path.is_file():
         return Inspection(reason="missing file", detail="no such file")
+    if not os.access(path, os.R_OK):
+        return Inspection(reason="unreadable file", detail="no permission to read it")
     if path.stat().st_size == 0:
         return Inspection(reason="zero length", detail="the file has 0 bytes")
     try:

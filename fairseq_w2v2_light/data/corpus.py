@@ -111,8 +111,11 @@ def staged(out: Path) -> Iterator[Path]:
     nothing of it remains.
     """
     out = absolute(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:  # names the temporary folder, or one above
+        raise type(error)(error.errno, f"cannot make this folder: {error.strerror}", str(out)) from error
     try:
         yield stage
         mask = os.umask(0)

@@ -19,6 +19,7 @@ SAMPLE_RATE = 16000
 RECEPTIVE_FIELD = 400
 # Symbols that fairseq adds itself: a dictionary file that repeats one cannot be loaded.
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+_WITHOUT_IT = "take its line out of the manifest (and that of the labels), or prepare the folder again"
 
 PathLike = Union[str, Path]
 
@@ -45,6 +46,10 @@ def _read_lines(path: Path, purpose: str) -> List[str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+    if text.startswith("\ufeff"):
+        raise ValueError(
+            f"{path}:1: begins with a byte order mark, which fairseq takes for text; save the file as UTF-8 without it"
+        )
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -108,11 +113,13 @@ def read_dictionary(path: PathLike) -> Dict[str, int]:
 def audio_header_problem(path: Path, frames: Optional[int] = None) -> Optional[str]:
     """What is wrong with an audio file by its header (None: nothing): kind, rate, channels and, if given, `frames`."""
     if not path.is_file():
-        return f"no such audio file: {path}"
+        return f"no such audio file: {path}; {_WITHOUT_IT}"
+    if not os.access(path, os.R_OK):
+        return f"no permission to read the audio file: {path}"
     try:
         header = soundfile.info(str(path))
     except (soundfile.SoundFileError, RuntimeError) as error:
-        return f"not an audio file that libsndfile can read: {path} ({error})"
+        return f"not an audio file that libsndfile can read: {path} ({error}); {_WITHOUT_IT}"
     if header.samplerate != SAMPLE_RATE:
         return (
             f"{path} has {header.samplerate} Hz, expected {SAMPLE_RATE} Hz; make it with `w2v2-light prepare --convert`"
@@ -171,7 +178,7 @@ def label_problems(
     if len(lines) != utterances:
         return [
             f"{path}: {len(lines)} lines of labels, but {data_dir / f'{split}.tsv'} lists {utterances} utterances; "
-            "line n of the labels belongs to line n + 1 of the manifest"
+            "line n of the labels belongs to line n + 1 of the manifest; prepare the folder again"
         ]
     problems = []
     for number, line in enumerate(lines, start=1):
@@ -199,14 +206,35 @@ def _sampled_header_problems(tsv: Path) -> List[str]:
     return problems
 
 
-def validate_split(data_dir: PathLike, split: str, label_suffix: Optional[str] = None) -> None:
+def _length_problems(tsv: Path, min_sample_size: Optional[int]) -> List[str]:
+    """Utterances too short for one frame, other than those that task.min_sample_size leaves out."""
+    fewest = min_sample_size or 0
+    entries = read_manifest(tsv).entries
+    if all(entry.frames < fewest for entry in entries):
+        return [
+            f"{tsv}: none of the {len(entries)} utterances has the {fewest} samples of task.min_sample_size, the "
+            f"longest has {max(entry.frames for entry in entries)}; lower task.min_sample_size"
+        ]
+    return [
+        f"{tsv}:{number}: {entry.path} has {entry.frames} samples, expected at least {RECEPTIVE_FIELD} for one frame; "
+        f"leave such audio out with task.min_sample_size={RECEPTIVE_FIELD}, or prepare the folder again"
+        for number, entry in enumerate(entries, start=2)
+        if fewest <= entry.frames < RECEPTIVE_FIELD
+    ]
+
+
+def validate_split(
+    data_dir: PathLike, split: str, label_suffix: Optional[str] = None, min_sample_size: Optional[int] = None
+) -> None:
     """Raises when a split cannot be trained on or decoded: ValueError or FileNotFoundError naming file and line.
 
     Cheap enough to call at every start: reads the text files, and the headers of at most three audio files.
+    Utterances of fewer than `min_sample_size` samples will be left out by fairseq.
     """
     data_dir = Path(data_dir)
     tsv = data_dir / f"{split}.tsv"
     problems = manifest_problems(data_dir, split)
+    problems = problems or _length_problems(tsv, min_sample_size)
     problems = problems or _sampled_header_problems(tsv)
     if label_suffix and not problems:
         dictionary = read_dictionary(data_dir / f"dict.{label_suffix}.txt")

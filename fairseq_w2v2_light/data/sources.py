@@ -40,7 +40,8 @@ def read_audio_folder(folder: Path, suffixes: Sequence[str] = ()) -> List[Uttera
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of audio")
     suffixes = tuple(f".{suffix.lstrip('.').lower()}" for suffix in suffixes) or _audio_suffixes()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    # A link that leads nowhere is kept, to be reported as a missing file.
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.is_dir())
     if not paths:
         raise ValueError(f"{folder}: holds no audio file; looked for {', '.join(suffixes)} in it and below")
     return [Utterance(path, where=str(path)) for path in paths]

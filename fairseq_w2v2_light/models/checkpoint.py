@@ -11,7 +11,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..compat import read_checkpoint
+from .. import compat
 
 ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
 STOCK_ENCODER = "wav2vec2"
@@ -39,7 +39,7 @@ def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
     Raises FileNotFoundError when there is no such file and ValueError when it is not a fairseq checkpoint.
     """
     try:
-        state = read_checkpoint(path)
+        state = compat.read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{key}: {error}") from error
     return {**state, "cfg": _as_config(state.get("cfg") or state["args"]), "args": None}
@@ -85,6 +85,16 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
         None if head["weight"] is None else head,
         None if dictionary is None else list(dictionary.symbols),
     )
+
+
+def require_finite_weights(weights: Dict[str, torch.Tensor], where: str) -> None:
+    """Raises ValueError that names `where` and the first parameter with NaN or infinite values."""
+    for name, value in weights.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{where}: parameter '{name}' has NaN or infinite values, expected finite ones: training diverged; "
+                "take an earlier checkpoint, or train again with a lower learning rate"
+            )
 
 
 def model_name(cfg: DictConfig) -> str:

@@ -7,7 +7,7 @@ from fairseq.tasks import TASK_REGISTRY
 from omegaconf import OmegaConf
 
 from ..files import atomic_path
-from .checkpoint import CTC_MODELS, as_light, load_encoder, load_state, model_name
+from .checkpoint import CTC_MODELS, as_light, load_encoder, load_state, model_name, require_finite_weights
 from .w2v2_light import W2V2LightModel
 
 
@@ -22,6 +22,7 @@ def convert(source, target) -> str:
     state = load_state(source)
     name = model_name(state["cfg"])
     encoder = load_encoder(source)
+    require_finite_weights(state["model"], str(source))
     with torch.device("meta"):
         model = W2V2LightModel(encoder.cfg.model)
     if name in CTC_MODELS:

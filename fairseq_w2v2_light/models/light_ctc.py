@@ -10,7 +10,7 @@ from fairseq.models import register_model
 from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig, Wav2VecCtc, Wav2VecEncoder
 from omegaconf import II, OmegaConf, open_dict
 
-from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, update_model
+from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, require_finite_weights, update_model
 from .recipe import read_recipe
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class LightCtcEncoder(Wav2VecEncoder):
     def _start(cfg) -> EncoderCheckpoint:
         if cfg.w2v_path:
             start = load_encoder(cfg.w2v_path, "model.w2v_path")
+            require_finite_weights(start.model, f"model.w2v_path: {cfg.w2v_path}")
             heads = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "_ema")
             start.model = {key: value for key, value in start.model.items() if not key.startswith(heads)}
             return start

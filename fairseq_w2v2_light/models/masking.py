@@ -5,12 +5,12 @@ import contextlib
 import torch
 from fairseq.data.data_utils import compute_mask_indices, numpy_seed
 
-from ..compat import mask_seeds
+from .. import compat
 
 
 def span_mask(shape, padding_mask, prob, length, selection, other, **options) -> torch.Tensor:
     """fairseq's compute_mask_indices as a bool tensor of `shape` (batch, time), drawn from numpy's global generator."""
-    options.update(mask_seeds(shape[0]))
+    options.update(compat.mask_seeds(shape[0]))
     try:
         return torch.from_numpy(compute_mask_indices(shape, padding_mask, prob, length, selection, other, **options))
     except (ValueError, IndexError):

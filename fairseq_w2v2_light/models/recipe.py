@@ -49,9 +49,20 @@ def read_recipe(recipe: str, overrides: Dict[str, Any]) -> DictConfig:
     for key, value in overrides.items():
         if key not in model:
             raise ValueError(f"recipe_overrides: '{key}' is no key of {name}")
+        check_type(name, key, value, "recipe_overrides")
         model[key] = value
     task = {"_name": "audio_pretraining", "data": "", "normalize": False, **_resolved_task(cfg)}
     return OmegaConf.create({"model": model, "task": task})
+
+
+def check_type(name: str, key: str, value: Any, where: str) -> None:
+    """Raises ValueError that names `where`, key and value when `value` is not of the type of a model's key."""
+    schema = OmegaConf.structured(MODEL_DATACLASS_REGISTRY[name]())
+    try:
+        OmegaConf.merge(schema, {key: value})
+    except ValueError as error:  # omegaconf's ValidationError; its further lines name its own classes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: model.{key}={value}: {reason}; the default is {schema[key]!r}") from error
 
 
 def _resolved_task(cfg: DictConfig) -> Dict[str, Any]:

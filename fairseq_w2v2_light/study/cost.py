@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
-from ..models.recipe import load_recipe, read_recipe
+from ..models.recipe import check_type, load_recipe, read_recipe
 from ..models.w2v2_light import W2V2LightModel, network_config
 from ..nn.config import EncoderConfig
 from ..nn.operating_point import OperatingPoint
@@ -87,6 +87,7 @@ def _apply(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
             values[key] = text.strip("'\"")
         else:
             values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+            check_type(model._name, key, values[key], "override")
     return OmegaConf.merge(model, OmegaConf.create(values))
 
 

@@ -9,10 +9,14 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Model
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
 
+from fairseq_w2v2_light.data.manifest import read_dictionary, validate_split
+from fairseq_w2v2_light.models.checkpoint import require_finite_weights
 from fairseq_w2v2_light.runtime.decode import Hypothesis, greedy, prefix_beam_search
+from fairseq_w2v2_light.tasks.checked_audio import check_audio
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ class AudioCtcTask(AudioFinetuningTask):
         return Path(folder) / f"dict.{self.cfg.labels}.txt"
 
     def load_target_dictionary(self):
-        """Reads the dictionary; raises FileNotFoundError that says which there are."""
+        """Reads the dictionary; raises FileNotFoundError that says which there are, ValueError for a malformed one."""
         path = self.dictionary_path
         if not path.is_file():
             found = ", ".join(sorted(p.name for p in path.parent.glob("dict.*.txt"))) or "none"
@@ -121,6 +125,7 @@ class AudioCtcTask(AudioFinetuningTask):
                 f"{path}: no such dictionary; found in {path.parent}: {found}. Choose the label kind with --labels "
                 "(task.labels), or copy the dictionary that the model was trained with"
             )
+        read_dictionary(path)
         return Dictionary.load(str(path))
 
     def load_state_dict(self, state_dict: Dict[str, Any]):
@@ -134,16 +139,18 @@ class AudioCtcTask(AudioFinetuningTask):
         """Loads a split after verifying it.
 
         `task_cfg`, given when decoding, is what the checkpoint was trained with: sample rate and normalisation follow
-        it, whatever this task's own configuration says. Raises ValueError and FileNotFoundError for bad data.
+        it, whatever this task's own configuration says. Raises ValueError and FileNotFoundError for bad data; so does
+        reading an item, for audio that is not what the manifest says.
         """
         if task_cfg is not None:
             for key in ("normalize", "sample_rate"):
                 setattr(self.cfg, key, self._saved(task_cfg, key))
-        if not getattr(self.cfg, "multi_corpus_keys", None) and not self.cfg.binarized_dataset:
-            from fairseq_w2v2_light.data.manifest import validate_split
-
-            validate_split(self.cfg.data, split, self.cfg.labels)
+        is_plain = not getattr(self.cfg, "multi_corpus_keys", None) and not self.cfg.binarized_dataset
+        if is_plain:
+            validate_split(self.cfg.data, split, self.cfg.labels, self.cfg.min_sample_size)
         super().load_dataset(split, None, **kwargs)
+        if is_plain:
+            self.datasets[split] = check_audio(self.datasets[split], Path(self.cfg.data) / f"{split}.tsv")
 
     def _saved(self, task_cfg, key: str):
         value = task_cfg.get(key) if hasattr(task_cfg, "get") else getattr(task_cfg, key, None)
@@ -173,7 +180,8 @@ class AudioCtcTask(AudioFinetuningTask):
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
         """A CTC generator of --beam and --nbest, or fairseq's own for an autoregressive model.
 
-        Raises ValueError for what CTC decoding here does not do: sampling, a language model, soft alignments.
+        Raises ValueError for what CTC decoding here does not do (sampling, a language model, soft alignments) and for a
+        model that is no CTC model or holds NaN.
         """
         if self.cfg.autoregressive:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
@@ -183,6 +191,13 @@ class AudioCtcTask(AudioFinetuningTask):
             raise ValueError("task audio_ctc takes no --lm-path; `w2v2-light infer decoding.type=kenlm` has one")
         if getattr(args, "print_alignment", None) == "soft":
             raise ValueError("task audio_ctc has hard alignments only; give --print-alignment hard")
+        for model in models:
+            if isinstance(model, Wav2Vec2Model):
+                raise ValueError(
+                    "the checkpoint of --path is a pre-trained encoder without labels; expected a CTC model: fine-tune "
+                    "it first"
+                )
+            require_finite_weights(model.state_dict(), "the checkpoint of --path")
         dictionary = self.target_dictionary
         blank = dictionary.index(self.blank_symbol)
         beam, nbest = getattr(args, "beam", 5), getattr(args, "nbest", 1)

@@ -111,3 +111,25 @@ def test_weights_that_do_not_fit_are_listed(stock, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "missing ['mask_emb']" in error and "unexpected ['surplus']" in error
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_half_a_checkpoint_is_refused(stock, tmp_path, capsys):
+    _, path = stock
+    content = path.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    for arguments in (
+        ["convert", str(tmp_path / "half.pt"), str(tmp_path / "out.pt")],
+        ["cost", str(tmp_path / "half.pt")],
+    ):
+        assert main(arguments) == 2
+        assert f"{tmp_path / 'half.pt'}: not a checkpoint that torch can read" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_weights_of_a_diverged_run_are_refused(stock, tmp_path, capsys):
+    model, _ = stock
+    weights = {**model.state_dict(), "mask_emb": torch.full((32,), float("inf"))}
+    path = write_checkpoint(tmp_path / "inf.pt", section(Wav2Vec2Config(), **SMALL, _name="wav2vec2"), weights)
+    assert main(["convert", str(path), str(tmp_path / "out.pt")]) == 2
+    assert f"{path}: parameter 'mask_emb' has NaN or infinite values" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()

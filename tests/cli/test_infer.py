@@ -219,6 +219,67 @@ def test_an_audio_file_of_another_rate(capsys, tiny_ctc, tmp_path):
     assert "test.tsv:3: " in message and "8000 Hz" in message
 
 
+def test_half_a_checkpoint(capsys, tiny_ctc, tmp_path):
+    content = tiny_ctc.checkpoint.read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
+    message = failure(capsys, arguments(tiny_ctc, checkpoint=tmp_path / "half.pt"))
+    assert f"{tmp_path / 'half.pt'}: not a checkpoint that torch can read" in message
+
+
+def test_a_checkpoint_of_a_diverged_run(capsys, tiny_ctc, tmp_path):
+    import torch
+
+    from fairseq_w2v2_light.compat import read_checkpoint
+
+    state = read_checkpoint(tiny_ctc.checkpoint)
+    state["model"]["w2v_encoder.proj.weight"] = torch.full_like(state["model"]["w2v_encoder.proj.weight"], float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    message = failure(capsys, arguments(tiny_ctc, checkpoint=tmp_path / "nan.pt"))
+    assert f"{tmp_path / 'nan.pt'}: parameter 'w2v_encoder.proj.weight' has NaN" in message
+    assert "take an earlier checkpoint" in message
+
+
+def test_bad_audio_met_while_decoding_leaves_former_results_as_they_were(capsys, tiny_ctc, tmp_path):
+    data = tiny_ctc.copy_split(tmp_path / "data", 9)
+    argv = [*arguments(tiny_ctc, data), f"decoding.results_path={tmp_path / 'out'}", "dataset.batch_size=1"]
+    assert main(["infer", *argv]) == 0
+    capsys.readouterr()
+    results = sorted(path for path in (tmp_path / "out").iterdir() if path.suffix in (".word", ".units", ""))
+    before = [path.read_bytes() for path in results if path.is_file()]
+    lines = (data / "test.tsv").read_text().splitlines()
+    soundfile.write(tmp_path / "nan.wav", [float("nan")] * 9000, 16000, subtype="FLOAT")
+    # The last but one: the header of a float file does not tell, and others are decoded before.
+    lines[8] = f"{os.path.relpath(tmp_path / 'nan.wav', lines[0])}\t9000"
+    (data / "test.tsv").write_text("\n".join(lines) + "\n")
+    message = failure(capsys, argv)
+    assert f"{data / 'test.tsv'}:9: " in message and "nan.wav: NaN samples" in message
+    assert {"hypo.word", "ref.word", "hypo.units", "ref.units", "wer"} <= {path.name for path in results}
+    assert [path.read_bytes() for path in results if path.is_file()] == before
+    assert not list((tmp_path / "out").glob(".*.word"))
+
+
+def test_references_without_words(capsys, tiny_ctc, tmp_path):
+    data = tiny_ctc.copy_split(tmp_path / "data", 2)
+    (data / "test.ltr").write_text("|\n|\n")
+    assert "split 'test': its references hold no words" in failure(capsys, arguments(tiny_ctc, data))
+
+
+def test_a_minimum_length_that_leaves_nothing(capsys, tiny_ctc):
+    message = failure(capsys, [*arguments(tiny_ctc), "+task.min_sample_size=99999"])
+    assert "none of the 9 utterances has the 99999 samples of task.min_sample_size" in message
+
+
+def test_a_quoted_path_of_odd_characters(tiny_ctc, tmp_path):
+    data = tiny_ctc.copy_split(tmp_path / "sp ace,\u00fc=x [1]", 2)
+    (result,) = infer([f"task.data='{data}'", *arguments(tiny_ctc)[1:]])
+    assert result["sentences"] == 2
+
+
+def test_a_path_that_needs_quotes(capfd, tiny_ctc):
+    assert main(["infer", "task.data=/da,ta=x", f"common_eval.path={tiny_ctc.checkpoint}"]) == 2
+    assert "task.data: a path with any of ,=()[]{}$ needs quotes: \"task.data='/da,ta=x'\"" in capfd.readouterr().err
+
+
 def test_several_processes_are_refused(capsys, tiny_ctc):
     message = failure(capsys, [*arguments(tiny_ctc), "distributed_training.distributed_world_size=2"])
     assert "decodes in one process" in message

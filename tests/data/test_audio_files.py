@@ -3,6 +3,7 @@ import pytest
 import soundfile
 
 from fairseq_w2v2_light.data.audio import convert_audio, inspect_audio, resample, resampled_length
+from fairseq_w2v2_light.data.manifest import audio_header_problem
 
 
 def sine(hertz, rate, seconds=0.5):
@@ -48,6 +49,13 @@ def test_usable_audio_gives_its_length(tmp_path, tone):
 def test_files_that_are_no_audio(tmp_path, content, reason):
     (tmp_path / "a.wav").write_bytes(content)
     assert inspect_audio(tmp_path / "a.wav").reason == reason
+
+
+def test_a_file_without_permission(tmp_path, tone, monkeypatch):
+    path = tone(tmp_path / "a.wav")
+    monkeypatch.setattr("os.access", lambda *args: False)
+    assert inspect_audio(path)[1:3] == ("unreadable file", "no permission to read it")
+    assert audio_header_problem(path) == f"no permission to read the audio file: {path}"
 
 
 def test_missing_file(tmp_path):

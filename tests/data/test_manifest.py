@@ -63,6 +63,13 @@ def test_binary_file_is_refused(manifest_folder):
         validate_split(manifest_folder, "train", None)
 
 
+def test_a_byte_order_mark_is_refused(manifest_folder):
+    tsv = manifest_folder / "train.tsv"
+    tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
+    with pytest.raises(ValueError, match=r"train\.tsv:1: begins with a byte order mark"):
+        validate_split(manifest_folder, "train", None)
+
+
 def test_empty_split_is_refused(manifest_folder):
     (manifest_folder / "train.tsv").write_text("/\n")
     with pytest.raises(ValueError, match="split 'train' is empty"):

@@ -295,6 +295,7 @@ def test_from_scratch_squeeze_factors_can_be_larger_than_the_recipe_s(tiny, tmp_
     (
         ({"encoder_layer": 6}, "recipe_overrides: 'encoder_layer' is no key of w2v2_light"),
         ({"unique_layers": 7}, "unique_layers: found 7, .*encoder_layers=3"),
+        ({"unique_layers": "two"}, "recipe_overrides: model.unique_layers=two: "),
     ),
 )
 def test_recipe_overrides_that_cannot_be(tiny, tmp_path, changes, message):
@@ -357,6 +358,14 @@ def test_a_truncated_checkpoint(tiny, light_checkpoint, tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="model.w2v_path: .*half.pt.* checkpoint"):
         build(tiny=tiny, w2v_path=str(path))
+
+
+def test_a_checkpoint_of_a_diverged_run(tiny, light_checkpoint, tmp_path):
+    cfg = tiny.container(W2V2LightConfig(**tiny.config), "w2v2_light")
+    weights = {**light_checkpoint.model.state_dict(), "layer_norm.bias": torch.tensor([float("nan")])}
+    path = tiny.save(tmp_path / "nan.pt", cfg, weights)
+    with pytest.raises(ValueError, match="model.w2v_path: .*nan.pt: parameter 'layer_norm.bias' has NaN"):
+        build(tiny=tiny, w2v_path=path)
 
 
 def test_a_checkpoint_of_another_model(tiny, tmp_path):

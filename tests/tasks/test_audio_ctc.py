@@ -155,6 +155,43 @@ def test_a_manifest_with_fewer_labels_is_refused_before_decoding(capsys, tiny_ct
         generate(capsys, data, tiny_ctc)
 
 
+def test_a_pretrained_checkpoint_is_refused(capsys, tiny_ctc):
+    pretrained = SimpleNamespace(checkpoint=tiny_ctc.pretrained)
+    with pytest.raises(ValueError, match="--path is a pre-trained encoder .* expected a CTC model: fine-tune it first"):
+        generate(capsys, tiny_ctc.data, pretrained)
+
+
+def test_a_model_of_a_diverged_run_is_refused(tiny_ctc):
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.bias, float("nan"))
+    with pytest.raises(ValueError, match="--path: parameter 'bias' has NaN .* take an earlier checkpoint"):
+        make_task(tiny_ctc.data).build_generator([model], SimpleNamespace(beam=1))
+
+
+def test_bad_audio_met_while_decoding_is_named(capsys, tiny_ctc, tmp_path):
+    data = tiny_ctc.copy_split(tmp_path / "data", 5)
+    lines = (data / "test.tsv").read_text().splitlines()
+    lines[2] = lines[2].split("\t")[0] + "\t8999"
+    (data / "test.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        ValueError, match=r"test\.tsv:3: .*test1\.wav: holds \d+ samples, the manifest says 8999; prepare"
+    ):
+        generate(capsys, data, tiny_ctc)
+
+
+def test_an_operating_point_that_the_model_was_not_trained_with_is_refused(capsys, stochastic_ctc):
+    options = ("--labels", "spm", "--model-overrides", "{'operating_point': 's9q1k1'}")
+    with pytest.raises(ValueError, match=r"'s9q1k1': the model was not trained with squeeze factor 9; .* \[1, 2\]"):
+        generate(capsys, stochastic_ctc.data, stochastic_ctc, *options)
+
+
+def test_a_malformed_dictionary_is_named(capsys, tiny_ctc, tmp_path):
+    data = tiny_ctc.copy_split(tmp_path / "data", 2)
+    (data / "dict.ltr.txt").write_text("A\n")
+    with pytest.raises(ValueError, match=r"dict\.ltr\.txt:1: found 'A'; expected 'symbol count'"):
+        generate(capsys, data, tiny_ctc)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
