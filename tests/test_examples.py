@@ -1,6 +1,7 @@
 """The examples, scaled down until they are quick: they must not rot."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ pytest.importorskip("matplotlib", reason="pip install matplotlib to draw the plo
 def test_demo_trains_decodes_and_compares(tmp_path):
     command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--out", str(tmp_path / "demo")]
     command += ["--utterances", "12", "4", "4", "--pretrain-updates", "2", "--finetune-updates", "2"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
     rows = json.loads((tmp_path / "demo/tradeoff.json").read_text())

@@ -37,11 +37,10 @@ def plot_tradeoff(rows: Sequence[PointResult], path: Path, title: str = "") -> N
                     fontsize=8,
                 )
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
-        axis.margins(x=0.15, y=0.2)
+        axis.set_xlim(0, 1.2 * max(value(row) for row in rows))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("WER %")
-    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylim(0, 1.25 * max(row.wer for row in rows) + 0.1)
     if len({row.model for row in rows}) > 1:
         axes[0].legend()
     figure.suptitle(title)
