@@ -92,7 +92,6 @@ def infer(argv: List[str]) -> List[Dict[str, Any]]:
 
     from fairseq_w2v2_light import compat
 
-    compat.allow_checkpoint_types()
     arguments = compat.hydra_arguments(list(argv))
     flags = _without(argv, arguments.overrides)
     results: List[Dict[str, Any]] = []

@@ -46,6 +46,10 @@ def _add_audio_options(parser: argparse.ArgumentParser) -> None:
         help="write 16 kHz mono FLAC copies of other audio under OUT/audio instead of skipping it",
     )
     parser.add_argument("--deep", action="store_true", help="decode every file, to find damaged ones (slow)")
+    _add_min_frames(parser)
+
+
+def _add_min_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-frames",
         type=int,
@@ -296,13 +300,7 @@ def _add_check(kinds) -> None:
     parser = _source(kinds, "check", "verify a manifest folder; exit code 2 when something is wrong", _check)
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--deep", action="store_true", help="decode every file: NaN, infinite and missing samples")
-    parser.add_argument(
-        "--min-frames",
-        type=int,
-        default=RECEPTIVE_FIELD,
-        metavar="N",
-        help="shortest audio, in samples (default: %(default)s)",
-    )
+    _add_min_frames(parser)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import math
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
@@ -148,8 +147,3 @@ def encoder_config(
         unsqueeze_factor=unsqueeze_factor or max(squeeze_factors),
         **widths,
     )
-
-
-def total_stride(config: EncoderConfig) -> int:
-    """Samples per frame."""
-    return math.prod(stride for _, _, stride in config.conv_layers)

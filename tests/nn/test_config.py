@@ -3,7 +3,6 @@
 import pytest
 
 from fairseq_w2v2_light.nn import encoder_config, frame_lengths, parse_conv_layers, receptive_field
-from fairseq_w2v2_light.nn.config import total_stride
 
 STOCK = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
@@ -34,7 +33,7 @@ def test_stock_frontend():
     layers = parse_conv_layers(STOCK)
     assert receptive_field(layers) == (400, 320)
     assert [frame_lengths(samples, layers) for samples in (400, 719, 720, 16000, 160000)] == [1, 1, 2, 49, 499]
-    assert total_stride(build(conv_feature_layers=STOCK)) == 320
+    assert receptive_field(build(conv_feature_layers=STOCK).conv_layers)[1] == 320
 
 
 @pytest.mark.parametrize(
