@@ -1,10 +1,13 @@
 """Every recipe in config/: composed by hydra as fairseq-hydra-train does, and built."""
 
+import argparse
 import copy
 import dataclasses
 import functools
 import importlib
 import re
+import shlex
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,9 +19,13 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY, build_model
 from fairseq.models.wav2vec import wav2vec2
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 import fairseq_w2v2_light  # noqa: F401 - registers the models
+from fairseq_w2v2_light.cli import student
+from fairseq_w2v2_light.compress.student import StudentSpec, parse_layers, student_config
+from fairseq_w2v2_light.models import network_config
+from fairseq_w2v2_light.models.recipe import load_recipe, parse_overrides, read_recipe
 from fairseq_w2v2_light.paths import config_dir
 
 try:
@@ -27,9 +34,10 @@ except ImportError:
     from hydra.experimental import compose, initialize_config_dir
 
 ALL = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))
-TRAINING = [name for name in ALL if name.startswith(("pretraining/", "finetuning/"))]
+TRAINING = [name for name in ALL if name.startswith(("pretraining/", "finetuning/", "distillation/"))]
 PRETRAINING = [name for name in ALL if name.startswith("pretraining/")]
 FINETUNING = [name for name in ALL if name.startswith("finetuning/")]
+DISTILLATION = [name for name in ALL if name.startswith("distillation/")]
 
 SCALED_RUN = [
     "common.fp16=false",
@@ -140,6 +148,8 @@ def test_the_recipes_are_there():
     sizes |= {"stochastic_sew_tiny", "stochastic_sew_base"}
     assert {f"pretraining/{name}.yaml" for name in sizes} <= set(PRETRAINING)
     assert {f"finetuning/{hours}.yaml" for hours in ("10m", "1h", "10h", "100h")} <= set(FINETUNING)
+    students = {"bigfoot_12", "bigfoot_4", "light_student", "tiny", *(f"distillw2v2_s{row}" for row in range(1, 6))}
+    assert {f"distillation/{name}.yaml" for name in students} <= set(DISTILLATION)
 
 
 @pytest.mark.parametrize("recipe", ALL)
@@ -211,6 +221,110 @@ def test_finetuning_recipe_takes_plain_overrides(recipe):
     assert cfg.model.operating_point == "s2q1k2"
     assert cfg.model.recipe_overrides == {"encoder_layers": 2}
     assert cfg.task._name == "audio_ctc" and cfg.task.labels == "spm"
+
+
+@pytest.mark.parametrize("recipe", [f"distillation/{name}.yaml" for name in ("bigfoot_4", "distillw2v2_s3", "tiny")])
+def test_distillation_recipe_takes_plain_overrides(recipe):
+    cfg = load(
+        recipe,
+        *SCALED_RUN,
+        "optimization.max_epoch=1",
+        "lr_scheduler.warmup_updates=1",
+        "criterion.teacher=/tmp/teacher.pt",
+        "criterion.teacher_dtype=bfloat16",
+        "criterion.teacher_operating_point=s1q1k1",
+        "criterion.teacher_cache=/tmp/cache",
+        "criterion.hidden_weight=0.5",
+        "criterion.hidden_map=last",
+        "criterion.kl_weight=0.5",
+        "criterion.temperature=2.0",
+        "criterion.mmi_weight=0.5",
+        "criterion.mmi_transcript_weight=0.5",
+        "criterion.denominator=/tmp/graph.npz",
+        "criterion.ctc_weight=0.5",
+        "model.w2v_path=/tmp/student.pt",
+        "model.operating_point=s2q1k2",
+        "model.recipe_overrides.encoder_layers=2",
+        "model.apply_mask=true",
+        "model.dropout=0.1",
+        "model.feature_grad_mult=0.5",
+    )
+    assert (cfg.criterion.teacher, cfg.criterion.hidden_map, cfg.criterion.mmi_weight) == (
+        "/tmp/teacher.pt",
+        "last",
+        0.5,
+    )
+    assert cfg.model.recipe_overrides.encoder_layers == 2 and cfg.model.w2v_path == "/tmp/student.pt"
+
+
+@pytest.mark.parametrize("recipe", [f"distillation/{name}.yaml" for name in ("bigfoot_4", "light_student", "tiny")])
+def test_distillation_recipe_builds_the_student_that_it_describes(recipe):
+    """Scaled down; the shapes at full size are counted in tests/study."""
+    scaled = {"encoder_layers": 3, "encoder_embed_dim": 32, "encoder_ffn_embed_dim": 48, "encoder_attention_heads": 2}
+    scaled["conv_feature_layers"] = "[(16, 10, 5), (16, 3, 2), (16, 2, 2)]"
+    cfg = load(recipe, "task.data=/tmp/data").model
+    with open_dict(cfg):
+        cfg.recipe_overrides = {**cfg.recipe_overrides, **scaled}
+        cfg.update(normalize="tiny" in recipe, data="/tmp/data", ddp_backend="legacy_ddp", operating_point_seed=1)
+    model = build_model(cfg, SimpleNamespace(target_dictionary=SimpleNamespace(symbols=list("abcd"))))
+    config = model.w2v_encoder.w2v_model.config
+    assert (config.depth, config.dim) == (3, 32) and config.attention_map_every == 1
+    assert config.unique_layers == (2 if "light_student" in recipe else 3)
+    logits = model(source=torch.randn(1, 1600), padding_mask=None)["encoder_out"]
+    assert logits.shape[1:] == (1, 4) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", DISTILLATION)
+def test_the_command_in_a_distillation_recipe_makes_the_student_that_it_describes(recipe):
+    """`w2v2-light student` with the options of the comment, applied to the teacher of the comment."""
+    text = (config_dir() / recipe).read_text(encoding="utf-8").replace("\\\n#", "")
+    commands = [shlex.split(line)[1:] for line in re.findall(r"(?m)^# +w2v2-light (student .*)$", text)]
+    large = {"encoder_layers": 24, "unique_layers": 24, "attention_map_every": 1}
+    model = read_recipe("pretraining/w2v2_light_tiny" if "tiny" in recipe else "pretraining/w2v2_light_large", {})
+    model = model.model if "tiny" in recipe else OmegaConf.merge(model.model, large)
+    commands = commands[:1] if "bigfoot_12" in recipe else commands
+    parser = argparse.ArgumentParser()
+    student.add_arguments(parser)
+    for command in commands:
+        options = parser.parse_intermixed_args(command)
+        spec = StudentSpec(
+            layers=options.layers,
+            width=options.width,
+            ffn=options.ffn,
+            heads=options.heads,
+            layers_n=options.layers_n,
+            unique_layers=options.unique_layers,
+            overrides=parse_overrides(options.overrides),
+        )
+        chosen = parse_layers(spec.layers, model.encoder_layers) if spec.layers else ()
+        model = student_config(model, chosen, spec)
+    described = load_recipe(recipe[: -len(".yaml")]).model
+    assert network_config(model) == network_config(read_recipe(described.recipe, described.recipe_overrides).model)
+
+
+@pytest.mark.parametrize(
+    "recipe, weights",
+    [
+        ("bigfoot_12", {"kl": 1.0, "feature_penalty": 1.0}),
+        ("bigfoot_4", {"kl": 1.0, "feature_penalty": 1.0}),
+        *((f"distillw2v2_s{row}", {"hidden": 0.2, "mmi": 0.64, "logits_mse": 0.16}) for row in range(1, 6)),
+    ],
+)
+def test_losses_are_those_of_the_source(recipe, weights):
+    criterion = load(f"distillation/{recipe}.yaml").criterion
+    found = {key[: -len("_weight")]: criterion[key] for key in criterion if key.endswith("_weight") and criterion[key]}
+    assert found == weights and criterion.temperature == 1.0
+    if "hidden" in weights:
+        assert criterion.hidden_map == "every:2"
+
+
+def test_bigfoot_schedule_is_its_authors():
+    """60 epochs of LibriSpeech's 281,241 utterances, warm-up over two of them, AdamW 5e-5."""
+    cfg = load("distillation/bigfoot_4.yaml")
+    batch = cfg.distributed_training.distributed_world_size * cfg.dataset.batch_size
+    assert cfg.optimization.max_update * batch == pytest.approx(60 * 281_241, rel=1e-3)
+    assert cfg.lr_scheduler.warmup_updates * batch == pytest.approx(2 * 281_241, rel=1e-3)
+    assert cfg.optimization.lr == [5e-5] and cfg.model.apply_mask is False
 
 
 def effective_batch(cfg):

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("plain", "light"), default=("light", "plain"))
     parser.add_argument("--pretrain-updates", type=int, default=400)
     parser.add_argument("--finetune-updates", type=int, default=3000)
-    parser.add_argument("--specific-updates", type=int, default=700)
+    parser.add_argument("--specific-updates", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.time()
@@ -48,7 +48,6 @@ def main() -> None:
             [
                 f"model.w2v_path={light.resolve()}",
                 f"model.operating_point={SPECIFIC}",
-                "optimization.lr=[0.0003]",
                 # drawn operating points also regularise; without them, masks and dropout must do more
                 "model.mask_prob=0.4",
                 "model.mask_channel_prob=0.25",

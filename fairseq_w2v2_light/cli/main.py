@@ -21,6 +21,8 @@ VERBS = {
     "config-dir": ("config_dir", "print the absolute path of the recipes, for fairseq's --config-dir"),
     "prepare": ("prepare", "make manifests, labels and a dictionary from audio and transcripts"),
     "convert": ("convert", "turn a fairseq wav2vec 2.0 checkpoint into a w2v2_light one"),
+    "student": ("student", "make a small model with layers of a large one, to distil into"),
+    "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }

@@ -1,5 +1,6 @@
 """Losses."""
 
 from .light_contrastive import LightContrastive, LightContrastiveConfig
+from .light_distill import LightDistill, LightDistillConfig
 
-__all__ = ["LightContrastive", "LightContrastiveConfig"]
+__all__ = ["LightContrastive", "LightContrastiveConfig", "LightDistill", "LightDistillConfig"]

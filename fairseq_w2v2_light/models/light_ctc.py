@@ -1,5 +1,6 @@
 """`light_ctc`: fine-tuning by CTC that can also change the operating points of the pre-trained model."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
@@ -14,6 +15,8 @@ from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, requ
 from .recipe import read_recipe
 
 logger = logging.getLogger(__name__)
+
+PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
 
 
 @dataclass
@@ -52,6 +55,13 @@ class LightCtcConfig(Wav2Vec2CtcConfig):
     operating_point_seed: int = field(
         default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}
     )
+    keep_pretraining_heads: bool = field(
+        default=False,
+        metadata={
+            "help": "carry the frozen quantiser and projections of pre-training along, unused; Shrinking Bigfoot's "
+            "models do, and count their parameters"
+        },
+    )
 
 
 @register_model("light_ctc", dataclass=LightCtcConfig)
@@ -60,8 +70,10 @@ class LightCtc(Wav2VecCtc):
 
     @classmethod
     def build_model(cls, cfg: LightCtcConfig, task):
-        """Builds the model; `task.target_dictionary` gives the labels."""
-        return cls(cfg, LightCtcEncoder(cfg, list(task.target_dictionary.symbols)))
+        """Builds the model; `task.target_dictionary` gives the labels, and `task` gets its network's configuration."""
+        encoder = LightCtcEncoder(cfg, list(task.target_dictionary.symbols))
+        task.encoder_config = encoder.w2v_model.config
+        return cls(cfg, encoder)
 
 
 class LightCtcEncoder(Wav2VecEncoder):
@@ -79,22 +91,38 @@ class LightCtcEncoder(Wav2VecEncoder):
 
             def read(path, arg_overrides=None):
                 overwrite_args_by_name(start.cfg, arg_overrides or {})
-                return {"cfg": start.cfg, "model": dict(start.model or {})}
+                heads = tuple(f"{name}." for name in PRETRAINING_HEADS)
+                weights = (start.model or {}).items()
+                return {"cfg": start.cfg, "model": {key: value for key, value in weights if not key.startswith(heads)}}
 
             with checkpoint_reader(read):
                 super().__init__(cfg, len(symbols))
         else:
             super().__init__(cfg, len(symbols))
+        if cfg.keep_pretraining_heads:
+            self._restore_pretraining_heads(start)
         if start is not None and start.head is not None:
             self._copy_head(start, symbols)
+
+    def forward(self, source, padding_mask, **kwargs):
+        """Stock's forward, whose result also holds what distillation needs.
+
+        source: (batch, samples); padding_mask: (batch, samples) bool or None. Returns encoder_out, the logits (time,
+        batch, labels), and everything that the encoder's extract_features returns but its frames.
+        """
+        trains = self.freeze_finetune_updates <= self.num_updates
+        with contextlib.nullcontext() if trains else torch.no_grad():
+            encoded = self.w2v_model.extract_features(source, padding_mask, mask=self.apply_mask and self.training)
+        logits = self.proj(self.final_dropout(encoded.pop("x").transpose(0, 1)))
+        del encoded["features"]
+        return {"encoder_out": logits, **encoded}
 
     @staticmethod
     def _start(cfg) -> EncoderCheckpoint:
         if cfg.w2v_path:
             start = load_encoder(cfg.w2v_path, "model.w2v_path")
             require_finite_weights(start.model, f"model.w2v_path: {cfg.w2v_path}")
-            heads = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "_ema")
-            start.model = {key: value for key, value in start.model.items() if not key.startswith(heads)}
+            start.model = {key: value for key, value in start.model.items() if not key.startswith("_ema")}
             return start
         if cfg.recipe:
             return EncoderCheckpoint(read_recipe(cfg.recipe, cfg.recipe_overrides or {}), None)
@@ -112,6 +140,21 @@ class LightCtcEncoder(Wav2VecEncoder):
                 f"task.normalize: found {bool(cfg.normalize)}, but {says} {trained}; "
                 f"set task.normalize={str(trained).lower()}"
             )
+
+    def _restore_pretraining_heads(self, start: Optional[EncoderCheckpoint]) -> None:
+        """Puts back what stock's constructor took away, with the weights of `start` where it has them."""
+        model = self.w2v_model
+        model.build_heads(model.cfg)
+        for name in PRETRAINING_HEADS:
+            head = getattr(model, name)
+            if head is None:
+                continue
+            head.requires_grad_(False)
+            prefix = f"{name}."
+            weights = (start and start.model) or {}
+            weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+            if weights:
+                head.load_state_dict(weights)
 
     def _copy_head(self, start: EncoderCheckpoint, symbols: List[str]) -> None:
         if start.symbols != symbols or start.head["weight"].shape != self.proj.weight.shape:

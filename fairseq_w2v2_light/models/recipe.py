@@ -1,7 +1,7 @@
 """Recipes: the hydra YAML files in `config/`, read without hydra."""
 
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf
@@ -63,6 +63,37 @@ def check_type(name: str, key: str, value: Any, where: str) -> None:
     except ValueError as error:  # omegaconf's ValidationError; its further lines name its own classes
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: model.{key}={value}: {reason}; the default is {schema[key]!r}") from error
+
+
+def parse_overrides(overrides: List[str]) -> Dict[str, str]:
+    """Reads `model.KEY=VALUE` arguments of a command line; raises ValueError for a malformed or repeated one."""
+    changes: Dict[str, str] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.startswith("model.") or key.count(".") != 1:
+            raise ValueError(f"override '{text}': expected model.KEY=VALUE, for example model.unique_layers=12")
+        key = key[len("model.") :]
+        if key in changes:
+            raise ValueError(f"override '{text}': model.{key} is given twice; leave one")
+        changes[key] = value
+    return changes
+
+
+def apply_overrides(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
+    """A copy of a complete model section with keys set from text: as it stands for a text key, as YAML for the others.
+
+    Raises ValueError for a key that the model does not have and for a value of another type.
+    """
+    values = {}
+    for key, text in changes.items():
+        if key not in model:
+            raise ValueError(f"override 'model.{key}': the model has no such key")
+        if isinstance(model[key], str):
+            values[key] = text.strip("'\"")
+        else:
+            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+            check_type(model._name, key, values[key], "override")
+    return OmegaConf.merge(model, OmegaConf.create(values))
 
 
 def _resolved_task(cfg: DictConfig) -> Dict[str, Any]:

@@ -141,7 +141,15 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         if cfg.operating_point not in ("", STOCHASTIC):
             self.operating_point = self.check_operating_point(cfg.operating_point)
         self._copy_masking(cfg)
-        self._build_heads(cfg)
+        self.build_heads(cfg)
+
+    @classmethod
+    def build_model(cls, cfg: W2V2LightConfig, task=None):
+        """Builds the model, and tells `task` its network, which criterions may ask for."""
+        model = cls(cfg)
+        if task is not None:
+            task.encoder_config = model.config
+        return model
 
     @property
     def embed(self) -> int:
@@ -176,7 +184,8 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         self.dropout_features = nn.Dropout(cfg.dropout_features)
         self.mask_emb = nn.Parameter(torch.empty(cfg.encoder_embed_dim).uniform_())
 
-    def _build_heads(self, cfg) -> None:
+    def build_heads(self, cfg: W2V2LightConfig) -> None:
+        """Makes the heads of pre-training anew: quantiser and projections."""
         if cfg.projection not in ("linear", "mlp"):
             raise ValueError(f"model.projection: found '{cfg.projection}', expected 'linear' or 'mlp'")
 
@@ -243,7 +252,8 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         """Stock Wav2Vec2Model.forward, plus `operating_point` (text or OperatingPoint) to choose one for this call.
 
         source: (batch, samples); padding_mask: (batch, samples) bool, True on padding. Returns stock's dict: with
-        `features_only` x (batch, time, channel), padding_mask, features, layer_results; else x, the logits (1 +
+        `features_only` x (batch, time, channel), padding_mask, features, layer_results (with layer_depths, and
+        layer_padding_mask at their squeezed rate) and features_pen; else x, the logits (1 +
         negatives, batch, masked time), and the terms of the loss.
         """
         point = (
@@ -275,6 +285,9 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
                 "layer_results": [
                     (result.x.transpose(0, 1), None, result.ffn.transpose(0, 1)) for result in encoded.layers
                 ],
+                "layer_depths": encoded.depths,
+                "layer_padding_mask": None if encoded.squeezed_mask is None else ~encoded.squeezed_mask.valid,
+                "features_pen": features_pen,
                 "operating_point": str(point),
             }
 

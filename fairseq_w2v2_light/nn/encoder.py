@@ -21,11 +21,14 @@ class EncoderOutput(NamedTuple):
     """What the encoder returns.
 
     x: (batch, time, channel) at the frame rate of the input, whatever the operating point.
-    layers: one LayerOutput per layer that ran, at the squeezed frame rate.
+    layers: one LayerOutput per layer that ran, at the squeezed frame rate; depths: the depth of each (layer drop
+    leaves some out). squeezed_mask: their valid frames (None: all).
     """
 
     x: Tensor
     layers: List[LayerOutput]
+    depths: List[int]
+    squeezed_mask: Optional[FrameMask]
 
 
 class Encoder(nn.Module):
@@ -82,7 +85,7 @@ class Encoder(nn.Module):
             x = self.layer_norm(x)
         x = F.dropout(x, config.dropout, self.training)
 
-        x, layers = self._run_layers(x, squeezed_mask, point, last_layer)
+        x, layers, depths = self._run_layers(x, squeezed_mask, point, last_layer)
 
         if config.norm_first and last_layer is None:
             x = self.layer_norm(x)
@@ -90,11 +93,12 @@ class Encoder(nn.Module):
             x = self.upsample(x, point.squeeze, time)
             if drop_tail and squeezed_mask is not None:
                 x = x * _heard_frames(squeezed_mask, point.squeeze, time).to(x.dtype)
-        return EncoderOutput(x, layers)
+        return EncoderOutput(x, layers, depths, squeezed_mask)
 
     def _run_layers(self, x, mask, point, last_layer):
         config = self.config
         layers: List[LayerOutput] = []
+        depths: List[int] = []
         attention_map = None
         dropped = False
         for depth, stored in enumerate(config.layer_map):
@@ -114,10 +118,11 @@ class Encoder(nn.Module):
                     shares_map,
                 )
                 layers.append(output)
+                depths.append(depth)
                 x, attention_map = output.x, output.attention_map
             if depth == last_layer:
                 break
-        return x, layers
+        return x, layers, depths
 
     def _run_layer(self, layer, *inputs):
         if self.config.checkpoint_activations and self.training:

@@ -1,6 +1,6 @@
 """What a model costs: parameters, bytes and MACs of a recipe or a checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -8,7 +8,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
-from ..models.recipe import check_type, load_recipe, read_recipe
+from ..models.parts import PARTS, part_of
+from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe
 from ..models.w2v2_light import W2V2LightModel, network_config
 from ..nn.config import EncoderConfig
 from ..nn.operating_point import OperatingPoint
@@ -19,11 +20,15 @@ LETTERS = 32
 
 @dataclass
 class Subject:
-    """A model to count: its complete fairseq configuration, and the labels of its CTC head (0: pre-training)."""
+    """A model to count: its complete fairseq configuration, and the labels of its CTC head (0: pre-training).
+
+    pretraining_heads: a CTC model that keeps those as well (`model.keep_pretraining_heads`).
+    """
 
     name: str
     model: DictConfig
     vocabulary: int
+    pretraining_heads: bool = False
 
 
 def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Subject:
@@ -32,22 +37,22 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
     `vocabulary` is the size of the label dictionary where the source does not say (default 32: LibriSpeech's
     letters). Raises ValueError for an override that is malformed or of a key that the model does not have.
     """
-    changes = _parse_overrides(overrides)
+    changes = parse_overrides(overrides)
     if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
         return _checkpoint_subject(source, changes)
     recipe = load_recipe(source)
     name = model_name(recipe)
     if name in (STOCK_ENCODER, *ENCODER_MODELS):
-        return Subject(name, _apply(read_recipe(source, {}).model, changes), 0)
+        return Subject(name, apply_overrides(read_recipe(source, {}).model, changes), 0)
     if name not in CTC_MODELS:
         raise ValueError(f"'{source}': a recipe of model '{name}', expected one of {', '.join(ENCODER_MODELS)}")
 
-    own = {key: changes.pop(key) for key in ("recipe", "w2v_path") if key in changes}
+    own = {key: changes.pop(key) for key in ("recipe", "w2v_path", "keep_pretraining_heads") if key in changes}
     settings = {**OmegaConf.to_container(recipe.model), **own}
     if settings.get("w2v_path"):
         model = load_encoder(settings["w2v_path"], "model.w2v_path").cfg.model
     elif settings.get("recipe"):
-        model = read_recipe(settings["recipe"], {}).model
+        model = read_recipe(settings["recipe"], settings.get("recipe_overrides") or {}).model
     else:
         raise ValueError(
             f"'{source}': a fine-tuning recipe does not say which encoder; add model.recipe=pretraining/NAME or "
@@ -56,7 +61,9 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
     for key in ("operating_point", "squeeze_factors", "query_pools", "kv_pools"):
         if settings.get(key):
             changes.setdefault(key, str(settings[key]))
-    return Subject(name, _apply(model, changes), LETTERS if vocabulary is None else vocabulary)
+    keeps_heads = str(settings.get("keep_pretraining_heads", False)).lower() == "true"
+    labels = LETTERS if vocabulary is None else vocabulary
+    return Subject(name, apply_overrides(model, changes), labels, keeps_heads)
 
 
 def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
@@ -64,31 +71,8 @@ def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
     name = model_name(state["cfg"])
     encoder = load_encoder(path)
     vocabulary = 0 if encoder.head is None else encoder.head["weight"].size(0)
-    return Subject(name, _apply(encoder.cfg.model, changes), vocabulary)
-
-
-def _parse_overrides(overrides: List[str]) -> Dict[str, str]:
-    changes = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.startswith("model.") or key.count(".") != 1:
-            raise ValueError(f"override '{text}': expected model.KEY=VALUE, for example model.unique_layers=12")
-        changes[key[len("model.") :]] = value
-    return changes
-
-
-def _apply(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
-    """Sets keys from text: as it stands for a text key, read as YAML for the others."""
-    values = {}
-    for key, text in changes.items():
-        if key not in model:
-            raise ValueError(f"override 'model.{key}': the model has no such key")
-        if isinstance(model[key], str):
-            values[key] = text.strip("'\"")
-        else:
-            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-            check_type(model._name, key, values[key], "override")
-    return OmegaConf.merge(model, OmegaConf.create(values))
+    keeps_heads = bool(state["cfg"].model.get("keep_pretraining_heads", False))
+    return Subject(name, apply_overrides(encoder.cfg.model, changes), vocabulary, keeps_heads)
 
 
 def count_parameters(subject: Subject) -> Dict[str, int]:
@@ -99,41 +83,28 @@ def count_parameters(subject: Subject) -> Dict[str, int]:
     """
     with torch.device("meta"):
         model = W2V2LightModel(subject.model)
-    if subject.vocabulary:
+    if subject.vocabulary and not subject.pretraining_heads:
         model.remove_pretraining_modules()
-    parts = dict.fromkeys(("frontend", "projection", "positions", "layers", "unsqueeze", "norms", "heads"), 0)
+    parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        parts[_part_of(name)] += parameter.numel()
+        parts[part_of(name)] += parameter.numel()
     if subject.vocabulary:
         parts["heads"] += (subject.model.encoder_embed_dim + 1) * subject.vocabulary
     return parts
 
 
-def _part_of(name: str) -> str:
-    for prefix, part in (
-        ("feature_extractor.", "frontend"),
-        ("post_extract_proj.", "projection"),
-        ("encoder.pos_conv.", "positions"),
-        ("encoder.layers.", "layers"),
-        ("encoder.upsample.", "unsqueeze"),
-        ("encoder.layer_norm.", "norms"),
-        ("layer_norm.", "norms"),
-        ("mask_emb", "norms"),
-    ):
-        if name.startswith(prefix):
-            return part
-    return "heads"
-
-
 def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
     """Everything that can be counted, as one JSON-ready dict.
 
-    `parameters` are stored ones, `effective_parameters` what they would be without sharing; `bytes` in fp32; `macs` of
-    inference on `seconds` of 16 kHz audio at the operating point (`point`, else the model's own).
+    `parameters` are stored ones, `effective_parameters` what they would be without sharing,
+    `parameters_with_pretraining_heads` what a CTC model would have had it kept those (Shrinking Bigfoot counts so, and
+    so do others who say 317 M); `bytes` in fp32; `macs` of inference on `seconds` of 16 kHz audio at the operating
+    point (`point`, else the model's own).
     """
     config = network_config(subject.model)
     chosen = _operating_point(subject, config, point)
     parameters = count_parameters(subject)
+    with_heads = sum(count_parameters(replace(subject, pretraining_heads=True)).values())
     macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
     total = sum(parameters.values())
     per_layer = parameters["layers"] // config.unique_layers
@@ -142,6 +113,7 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
         "kind": "ctc" if subject.vocabulary else "pretraining",
         "parameters": total,
         "effective_parameters": total + per_layer * (config.depth - config.unique_layers),
+        "parameters_with_pretraining_heads": with_heads,
         "bytes": 4 * total,
         "parameters_by_part": parameters,
         "seconds": seconds,
@@ -189,4 +161,9 @@ def format_cost(result: Dict[str, Any]) -> str:
         f"{result['bytes'] / 2**20:.1f} MiB in fp32; {result['effective_parameters']:,} parameters without sharing; "
         f"{result['attention_maps']} attention maps"
     )
+    if result["parameters_with_pretraining_heads"] != result["parameters"]:
+        lines.append(
+            f"{result['parameters_with_pretraining_heads']:,} parameters with the heads of pre-training, which the "
+            "317 M of LARGE include"
+        )
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def train(
 
 def _result(group: str, out: Path) -> Path:
     best = out / "checkpoint_best.pt"
-    return best if group == "finetuning" and best.is_file() else out / "checkpoint_last.pt"
+    return best if group in ("finetuning", "distillation") and best.is_file() else out / "checkpoint_last.pt"
 
 
 def _show_progress(line, last, max_update, start, report) -> int:
@@ -123,6 +123,35 @@ def _environment() -> Dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
+def decode(
+    checkpoint: Union[str, Path],
+    data: Path,
+    points: Sequence[str],
+    out: Path,
+    split: str = "test",
+    report: Callable[[str], None] = print,
+) -> List[Dict]:
+    """Decodes `split` with the stock infer at each operating point; its results, one dict a point (wer in percent).
+
+    Hypotheses and infer's log go to `out`.
+    """
+    from ..cli.infer import infer
+
+    arguments = [
+        f"task.data={Path(data).resolve()}",
+        f"common_eval.path={Path(checkpoint).resolve()}",
+        f"common_eval.results_path={out.resolve()}",
+        f"dataset.gen_subset={split}",
+        "-m",
+        "decoding.operating_point=" + ",".join(points),
+    ]
+    report("$ " + shlex.join(["w2v2-light", "infer", *arguments]))
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "infer.log"
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        return infer(arguments)
+
+
 def compare_points(
     checkpoint: Union[str, Path],
     data: Path,
@@ -137,23 +166,10 @@ def compare_points(
     Hypotheses and infer's log go to `out`. The points are timed interleaved on the same utterances, one by one
     (batch size 1).
     """
-    from ..cli.infer import infer
     from .cost import cost, load_subject
     from .speed import real_time_factors
 
-    arguments = [
-        f"task.data={Path(data).resolve()}",
-        f"common_eval.path={Path(checkpoint).resolve()}",
-        f"common_eval.results_path={out.resolve()}",
-        f"dataset.gen_subset={split}",
-        "-m",
-        "decoding.operating_point=" + ",".join(points),
-    ]
-    report("$ " + shlex.join(["w2v2-light", "infer", *arguments]))
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "infer.log"
-    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        decoded = infer(arguments)
+    decoded = decode(checkpoint, data, points, out, split, report)
     speeds = real_time_factors(checkpoint, data, split, points)
     subject = load_subject(str(checkpoint), [])
     rows = []

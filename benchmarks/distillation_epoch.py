@@ -1,0 +1,89 @@
+"""An epoch of distillation with a warm teacher cache, beside an epoch of plain CTC fine-tuning of the same student.
+
+    python benchmarks/distillation_epoch.py FOLDER TEACHER
+
+FOLDER is a manifest folder with letter labels, TEACHER a CTC checkpoint. Everything runs through fairseq-hydra-train;
+an epoch is half the time between the ends of the first and the third one in fairseq's log. The runs are interleaved.
+"""
+
+import argparse
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+from fairseq_w2v2_light.cli.main import main as w2v2_light
+from fairseq_w2v2_light.data.manifest import localise_manifest
+from fairseq_w2v2_light.study.experiment import train
+
+# the student of examples/distill
+STUDENT = [
+    "model.recipe=pretraining/w2v2_light_tiny",
+    "+model.recipe_overrides={encoder_layers:2,encoder_embed_dim:96,encoder_ffn_embed_dim:384,unique_layers:0,"
+    "conv_feature_layers:'[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'}",
+]
+# the same without the keys that the recipe has already
+DISTILLED = [
+    "+model.recipe_overrides.conv_feature_layers='[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'",
+]
+TERMS = ("ctc", "kl", "hidden", "mmi")
+WAYS = {
+    "plain CTC (fairseq's criterion)": None,
+    "CTC + KL": ("ctc", "kl"),
+    "CTC + hidden MSE + KL": ("ctc", "hidden", "kl"),
+    "hidden MSE + LF-MMI": ("hidden", "mmi"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("outputs/distillation_epoch"))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    data = args.out / "data"
+    if not (data / "train.tsv").is_file():
+        localise_manifest(args.data, data)
+        w2v2_light(["denominator", str(data), str(data / "graph.npz"), "--labels", "ltr"])
+
+    seconds = {way: [] for way in WAYS}
+    for repeat in range(args.repeats + 1):
+        for way, terms in WAYS.items():
+            measured = epoch_seconds(terms, data, args)
+            if repeat:  # the first round fills the cache
+                seconds[way].append(measured)
+    plain = statistics.median(next(iter(seconds.values())))
+    print("\n| training | s an epoch, median | of plain CTC |\n|---|---|---|")
+    for way, values in seconds.items():
+        median = statistics.median(values)
+        print(f"| {way} | {median:.1f} | {median / plain:.2f} |")
+
+
+def epoch_seconds(terms, data: Path, args) -> float:
+    out = args.out / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    common = [
+        "optimization.max_epoch=3",
+        "dataset.disable_validation=true",
+        "checkpoint.no_save=true",
+        "model.apply_mask=false",
+    ]
+    if terms is None:
+        train("finetuning/tiny", data, out, [*STUDENT, *common])
+    else:
+        weights = [f"criterion.{term}_weight={0.05 if term == 'hidden' else 1.0}" for term in terms]
+        weights += [f"criterion.{term}_weight=0.0" for term in TERMS if term not in terms]
+        settings = [
+            f"criterion.teacher={args.teacher.resolve()}",
+            f"criterion.teacher_cache={(args.out / 'cache').resolve()}",
+            f"criterion.denominator={(data / 'graph.npz').resolve()}",
+        ]
+        train("distillation/tiny", data, out, [*DISTILLED, *weights, *settings, *common])
+    ends = [float(wall) for wall in re.findall(r"epoch 00\d \|.* wall (\d+)", (out / "train.log").read_text())]
+    assert len(ends) == 3, f"expected three epochs in {out / 'train.log'}"
+    return (ends[2] - ends[0]) / 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""LF-MMI's forward and backward beside torch's CTC loss, on the same input.
+
+    python benchmarks/lfmmi.py [--threads 2] [--repeats 9] [--device cpu]
+
+Prints a table: milliseconds of one forward and backward (median of interleaved repeats) at --frames and at twice as
+many, their ratio, and the memory that one adds at its peak. Exits with 1 when an order-2 loss takes more than --limit
+seconds, or its ratio lies outside of 1.8 to 2.2 (linear in frames).
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from fairseq_w2v2_light.criterions.denominator import estimate
+from fairseq_w2v2_light.criterions.lfmmi import distillation_lfmmi, lfmmi_loss
+
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
+LOSSES = ("ctc", "training order 2", "distillation order 2", "training order 3", "distillation order 3")
+LINEAR = (1.8, 2.2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=500)
+    parser.add_argument("--symbols", type=int, default=32, help="size of the dictionary, fairseq's four included")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds for an order-2 loss at --frames (default: 1)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = measure(args)
+    sizes = f"{args.batch} x {args.frames} and {args.batch} x {2 * args.frames} frames x {args.symbols} symbols"
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; median of {args.repeats}")
+    print(f"{sizes}; forward + backward\n")
+    print(f"| loss | {args.frames} frames, ms | {2 * args.frames} frames, ms | ratio | peak MiB | peak MiB, doubled |")
+    print("|---|---|---|---|---|---|")
+    missed = []
+    for name, (single, double) in rows.items():
+        peaks = [peak_memory(name, args, frames) for frames in (args.frames, 2 * args.frames)]
+        ratio = double / single
+        print(f"| {name} | {single * 1e3:.0f} | {double * 1e3:.0f} | {ratio:.2f} | {peaks[0]:.0f} | {peaks[1]:.0f} |")
+        if "order 2" in name and (single > args.limit or not LINEAR[0] <= ratio <= LINEAR[1]):
+            missed.append(name)
+    verdict = f"missed by {missed}" if missed else "met"
+    print(f"\nlimits ({args.limit:g} s, ratio {LINEAR[0]} to {LINEAR[1]}): {verdict}")
+    return 1 if missed else 0
+
+
+def measure(args):
+    """Seconds of each loss at the given number of frames and at twice as many."""
+    steps = {(name, frames): step(name, args, frames) for name in LOSSES for frames in (args.frames, 2 * args.frames)}
+    for run in steps.values():
+        run()
+    seconds = {key: [] for key in steps}
+    for _ in range(args.repeats):
+        for key, run in steps.items():
+            start = time.perf_counter()
+            run()
+            seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return {name: (medians[name, args.frames], medians[name, 2 * args.frames]) for name in LOSSES}
+
+
+def step(name, args, frames):
+    """A function that runs one loss forward and backward, and waits for the device."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = (2 * torch.randn(2, args.batch, frames, args.symbols, generator=generator)).to(args.device)
+    targets = torch.randint(len(SPECIALS), args.symbols, (args.batch, frames // 8), generator=generator)
+    lengths = torch.full((args.batch,), frames)
+    target_lengths = torch.full((args.batch,), targets.size(1))
+    symbols = SPECIALS + [f"label{index}" for index in range(args.symbols - len(SPECIALS))]
+    graph = estimate(targets.tolist(), symbols, order=3 if name.endswith("3") else 2)
+    logits.requires_grad_()
+
+    def run():
+        logits.grad = None
+        if name == "ctc":
+            log_probs = logits.log_softmax(-1).transpose(0, 1)
+            loss = F.ctc_loss(log_probs, targets.to(args.device), lengths, target_lengths, reduction="none")
+        elif name.startswith("training"):
+            loss = lfmmi_loss(logits, lengths, targets, target_lengths, graph)
+        else:
+            loss = distillation_lfmmi(logits, teacher, lengths, graph)
+        loss.sum().backward()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def peak_memory(name, args, frames) -> float:
+    """MiB that one run adds at its peak, in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, args, frames))
+
+
+def _peak_memory(name, args, frames) -> float:
+    torch.set_num_threads(args.threads)
+    step(name, args, 20)()
+    run = step(name, args, frames)
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main())

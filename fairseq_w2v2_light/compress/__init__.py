@@ -1,0 +1,1 @@
+"""Checkpoint in, smaller checkpoint out."""

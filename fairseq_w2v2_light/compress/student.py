@@ -1,0 +1,374 @@
+"""Students: smaller wav2vec 2.0 checkpoints that start with the layers of a teacher."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set, Tuple
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.wav2vec.wav2vec2_asr import Linear
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from omegaconf import DictConfig, OmegaConf
+
+from ..files import atomic_path
+from ..models.checkpoint import (
+    CTC_MODELS,
+    EncoderCheckpoint,
+    load_encoder,
+    load_state,
+    model_name,
+    require_finite_weights,
+)
+from ..models.light_ctc import LightCtcConfig
+from ..models.parts import PARTS, part_of
+from ..models.recipe import apply_overrides
+from ..models.w2v2_light import W2V2LightModel, network_config
+
+# keys of the student's model that have an option of their own
+_OPTIONS = {
+    "encoder_layers": "--layers or --layers-n",
+    "encoder_embed_dim": "--width",
+    "encoder_ffn_embed_dim": "--ffn",
+    "encoder_attention_heads": "--heads",
+    "unique_layers": "--unique-layers",
+}
+_LAYERS_FORMS = "expected every:N, first:N, last:N, or depths from 0 such as 0,3,6,9"
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What a student is to be; what is None is the teacher's.
+
+    layers: the teacher's depths that it starts with, as `parse_layers` reads them ('': none). layers_n: its depth, when
+    that is not the number of `layers`. unique_layers: stored layers of a shared student. overrides: further keys of its
+    encoder, as text. seed: of the parameters that are initialised anew.
+    """
+
+    layers: str = ""
+    width: Optional[int] = None
+    ffn: Optional[int] = None
+    heads: Optional[int] = None
+    layers_n: Optional[int] = None
+    unique_layers: Optional[int] = None
+    overrides: Dict[str, str] = field(default_factory=dict)
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class StudentLayer:
+    """Where a stored layer of the student comes from.
+
+    depths: where the student runs it. teacher_depth: where the teacher runs the layer that it was to be copied from
+    (None: it starts anew). copied: "all", "none", or the parts of the layer that fitted.
+    """
+
+    depths: Tuple[int, ...]
+    teacher_depth: Optional[int]
+    copied: str
+
+
+@dataclass(frozen=True)
+class StudentReport:
+    """What `make_student` did: per part [tensors copied, values copied, tensors anew, values anew], and per layer."""
+
+    model: str
+    parts: Dict[str, List[int]]
+    layers: List[StudentLayer]
+    notes: List[str]
+
+
+def parse_layers(text: str, depth: int) -> Tuple[int, ...]:
+    """The depths (from 0) that `text` chooses among a teacher's `depth` layers.
+
+    `every:n` takes 0, n, 2n, ... (Shrinking Bigfoot's every_k: 24 -> 12 is every:2, 12 -> 4 is every:3), `first:k` and
+    `last:k` what they say; `0,3,6,9` lists depths. Raises ValueError that quotes `text`.
+    """
+    text = text.replace(" ", "")
+    rule = re.fullmatch(r"(every|first|last):(\d+)", text)
+    if rule:
+        name, number = rule.group(1), int(rule.group(2))
+        if not 1 <= number <= depth:
+            raise ValueError(f"--layers '{text}': found {number}, expected 1 to {depth}, the teacher's layers")
+        chosen = {"every": range(0, depth, number), "first": range(number), "last": range(depth - number, depth)}
+        return tuple(chosen[name])
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"--layers '{text}': {_LAYERS_FORMS}")
+    depths = tuple(int(item) for item in text.split(","))
+    if max(depths) >= depth:
+        raise ValueError(
+            f"--layers '{text}': depth {max(depths)} is beyond the teacher's {depth} layers; choose 0 to {depth - 1}"
+        )
+    if len(set(depths)) < len(depths):
+        twice = [found for found, times in Counter(depths).items() if times > 1]
+        raise ValueError(f"--layers '{text}': depth {twice[0]} is there twice; to share a layer use --unique-layers")
+    return depths
+
+
+def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> StudentReport:
+    """Writes a student of the checkpoint `teacher` to `target`; returns what was copied and what starts anew.
+
+    `teacher` is any stock or own checkpoint. A pre-trained one gives a pre-training checkpoint of ours, a CTC one a
+    `light_ctc` checkpoint with head and dictionary (`dictionary`: path of a dict.ltr.txt, for a checkpoint that holds
+    none); both as if after no update. Copied is what has the same name and shape, by modules: a module whose weight
+    does not fit gets no bias either, attention needs the same number of heads, too. Unlike Shrinking Bigfoot's code
+    this copies the convolutional positions and the encoder's LayerNorm. A stored layer that serves several of the
+    teacher's depths is copied to each student layer that asks for one of them. Raises ValueError for a student that
+    cannot be, and for a teacher that is no wav2vec 2.0 checkpoint, lacks weights or has ones that are not finite.
+    """
+    if Path(target).exists() and Path(teacher).exists() and Path(target).samefile(teacher):
+        raise ValueError(f"'{target}': the student would overwrite its teacher; choose another name")
+    state = load_state(teacher)
+    start = load_encoder(teacher)
+    is_ctc = model_name(state["cfg"]) in CTC_MODELS
+    _check_teacher(start, is_ctc, teacher)
+    teacher_network = network_config(start.cfg.model)
+
+    chosen = parse_layers(spec.layers, teacher_network.depth) if spec.layers else ()
+    model_cfg = student_config(start.cfg.model, chosen, spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = W2V2LightModel(model_cfg)
+        head = None
+        if is_ctc:
+            model.remove_pretraining_modules()
+            head = Linear(model.config.dim, start.head["weight"].size(0))
+
+    weights = model.state_dict()
+    sources = [teacher_network.layer_map[depth] for depth in chosen[: model.config.unique_layers]]
+    copied = _copy(start.model, weights, sources, model.config.heads == teacher_network.heads)
+    parts = _count_parts(weights, copied)
+    layers = _layers(model.config.layer_map, chosen, weights, copied)
+    notes = []
+    if is_ctc:
+        head_weights = {f"w2v_encoder.proj.{name}": value for name, value in head.state_dict().items()}
+        teacher_head = {f"w2v_encoder.proj.{name}": value for name, value in start.head.items()}
+        parts["CTC head"] = _count(head_weights, _copy(teacher_head, head_weights, [], True))
+        weights = {**{f"w2v_encoder.w2v_model.{name}": value for name, value in weights.items()}, **head_weights}
+        state["task_state"], notes = _task_state(state, start, dictionary)
+    elif dictionary:
+        raise ValueError(f"--dictionary {dictionary}: '{teacher}' is a pre-trained checkpoint, which has no labels")
+
+    encoder_cfg = OmegaConf.create({**OmegaConf.to_container(start.cfg), "model": OmegaConf.to_container(model_cfg)})
+    cfg = _ctc_config(state["cfg"], encoder_cfg) if is_ctc else OmegaConf.to_container(encoder_cfg, enum_to_str=True)
+    with atomic_path(target) as temporary:
+        torch.save(_fresh_state(cfg, weights, state.get("task_state") or {}), temporary)
+    return StudentReport(cfg["model"]["_name"], parts, layers, notes)
+
+
+def student_config(teacher: DictConfig, chosen: Tuple[int, ...], spec: StudentSpec) -> DictConfig:
+    """The model section of the student: the teacher's with what `spec` says; `chosen` are the depths of its layers.
+
+    Raises ValueError that names the option at fault.
+    """
+    for key in spec.overrides:
+        if key in _OPTIONS:
+            raise ValueError(f"override 'model.{key}': give {_OPTIONS[key]} instead")
+    depth = len(chosen) if spec.layers_n is None else spec.layers_n
+    if depth < 1:
+        raise ValueError(f"a student needs --layers ({_LAYERS_FORMS}) or --layers-n, its number of layers")
+    if depth < len(chosen):
+        raise ValueError(f"--layers-n {depth}: fewer than the {len(chosen)} layers that --layers '{spec.layers}' takes")
+    if spec.unique_layers is not None and not 1 <= spec.unique_layers <= depth:
+        raise ValueError(f"--unique-layers {spec.unique_layers}: expected 1 to {depth}, the student's layers")
+    values = {
+        "encoder_embed_dim": spec.width,
+        "encoder_ffn_embed_dim": spec.ffn,
+        "encoder_attention_heads": spec.heads,
+    }
+    for key, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{_OPTIONS[key]} {value}: expected 1 or more")
+    values = {key: teacher[key] if value is None else value for key, value in values.items()}
+    width, heads = values["encoder_embed_dim"], values["encoder_attention_heads"]
+    if width % heads:
+        raise ValueError(f"--width {width} is not divisible by {heads} attention heads; set --heads to a divisor")
+
+    sharing = {"encoder_layers": depth, "unique_layers": spec.unique_layers or 0, "layer_map": ""}
+    student = apply_overrides(OmegaConf.merge(teacher, {**values, **sharing}), spec.overrides)
+    if "unsqueeze_factor" not in spec.overrides and max(student.squeeze_factors) > student.unsqueeze_factor:
+        student.unsqueeze_factor = 0  # as many as squeeze_factors needs; fewer factors keep the trained weights
+    return student
+
+
+def _check_teacher(start: EncoderCheckpoint, is_ctc: bool, teacher) -> None:
+    """Refuses a checkpoint without all weights of its own model: what it lacks would quietly start anew."""
+    if is_ctc and (start.head is None or start.head["bias"] is None):
+        raise ValueError(f"'{teacher}': a CTC checkpoint without its projection (w2v_encoder.proj)")
+    head = {f"w2v_encoder.proj.{name}": value for name, value in (start.head or {}).items()}
+    require_finite_weights({**start.model, **head}, str(teacher))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = W2V2LightModel(start.cfg.model)
+    if is_ctc:
+        model.remove_pretraining_modules()
+    for name, value in model.state_dict().items():
+        found = tuple(start.model[name].shape) if name in start.model else "nothing"
+        if found != tuple(value.shape):
+            raise ValueError(f"'{teacher}': parameter '{name}': found {found}, expected shape {tuple(value.shape)}")
+
+
+def _copy(teacher: Dict[str, Any], student: Dict[str, Any], sources: List[int], same_heads: bool) -> Set[str]:
+    """Replaces weights of `student` by the teacher's where a whole module fits; returns the names.
+
+    `sources` are the teacher's stored layers for the student's layers 0, 1, ...
+    """
+    modules: Dict[str, List[Tuple[str, str]]] = {}
+    for name in student:
+        modules.setdefault(_module_of(name), []).append((name, _source_of(name, sources)))
+    copied = set()
+    for module, names in modules.items():
+        fits = all(source in teacher and teacher[source].shape == student[name].shape for name, source in names)
+        if fits and (same_heads or not module.endswith(".self_attn")):
+            student.update({name: teacher[source].detach().to(student[name].dtype).clone() for name, source in names})
+            copied.update(name for name, _ in names)
+    return copied
+
+
+def _module_of(name: str) -> str:
+    """What is copied together or not at all."""
+    for pattern in (
+        r"feature_extractor\.conv_layers\.\d+",
+        r"encoder\.layers\.\d+\.(self_attn|fc)(?=[.\d])",
+        r"quantizer|project_q|target_glu|final_proj|encoder\.pos_conv|encoder\.upsample",
+    ):
+        found = re.match(pattern, name)
+        if found:
+            return found.group()
+    return name.rpartition(".")[0] or name
+
+
+def _source_of(name: str, sources: List[int]) -> str:
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name
+    index = int(layer.group(1))
+    return f"encoder.layers.{sources[index]}.{layer.group(2)}" if index < len(sources) else ""
+
+
+def _count(weights: Dict[str, Any], copied: Set[str]) -> List[int]:
+    anew = [name for name in weights if name not in copied]
+    return [
+        len(copied),
+        sum(weights[name].numel() for name in copied),
+        len(anew),
+        sum(weights[name].numel() for name in anew),
+    ]
+
+
+def _count_parts(weights: Dict[str, Any], copied: Set[str]) -> Dict[str, List[int]]:
+    counts = {}
+    for part in PARTS:
+        names = {name for name in weights if part_of(name) == part}
+        if names:
+            counts[part] = _count({name: weights[name] for name in names}, copied & names)
+    return counts
+
+
+def _layers(layer_map, chosen, weights, copied) -> List[StudentLayer]:
+    layers = []
+    for stored in sorted(set(layer_map)):
+        names = [name for name in weights if name.startswith(f"encoder.layers.{stored}.")]
+        fitted = sorted({_module_of(name).split(".")[3] for name in names if name in copied})
+        whole = all(name in copied for name in names)
+        layers.append(
+            StudentLayer(
+                tuple(depth for depth, index in enumerate(layer_map) if index == stored),
+                chosen[stored] if stored < len(chosen) else None,
+                "all" if whole else ", ".join(fitted) or "none",
+            )
+        )
+    return layers
+
+
+def _task_state(state, start: EncoderCheckpoint, dictionary: str) -> Tuple[Dict[str, Any], List[str]]:
+    """The checkpoint's task state, with the dictionary of its labels; and what the user should know about it."""
+    task_state = dict(state.get("task_state") or {})
+    labels = start.head["weight"].size(0)
+    if dictionary:
+        if not Path(dictionary).is_file():
+            raise FileNotFoundError(f"--dictionary: {dictionary}: no such file")
+        given = Dictionary.load(str(dictionary))
+        if len(given) != labels:
+            raise ValueError(
+                f"--dictionary {dictionary}: {len(given)} symbols (with 4 of fairseq's own), expected {labels}, the "
+                "rows of the teacher's CTC projection"
+            )
+        if start.symbols is not None and start.symbols != list(given.symbols):
+            raise ValueError(f"--dictionary {dictionary}: not the dictionary that the teacher's checkpoint holds")
+        return {**task_state, "target_dictionary": given}, []
+    if start.symbols is None:
+        return task_state, [
+            "the teacher's checkpoint holds no dictionary, and light_ctc starts the head anew without one: add "
+            "--dictionary dict.ltr.txt"
+        ]
+    return task_state, []
+
+
+def _ctc_config(cfg: DictConfig, encoder_cfg: DictConfig) -> Dict[str, Any]:
+    """The configuration of a light_ctc run, with the keys of the teacher's that light_ctc and audio_ctc have."""
+    sections = OmegaConf.to_container(cfg, enum_to_str=True)
+    defaults = OmegaConf.to_container(OmegaConf.structured(LightCtcConfig()), enum_to_str=True)
+    model = {**defaults, **{key: value for key, value in sections["model"].items() if key in defaults}}
+    task = sections.get("task") or {}
+    normalize = bool(encoder_cfg.task.get("normalize", False))
+    model.update(
+        _name="light_ctc",
+        w2v_args=OmegaConf.to_container(encoder_cfg, enum_to_str=True),
+        normalize=normalize,
+        data=str(task.get("data") or ""),
+        ddp_backend=(sections.get("distributed_training") or {}).get("ddp_backend") or "legacy_ddp",
+        operating_point_seed=(sections.get("common") or {}).get("seed") or 1,
+        # the encoder has its own
+        **{key: defaults[key] for key in ("w2v_path", "recipe", "recipe_overrides", "operating_point")},
+        **{key: defaults[key] for key in ("squeeze_factors", "query_pools", "kv_pools")},
+    )
+    model = {key: value for key, value in model.items() if not str(value).startswith("${")}
+    known = set(TASK_DATACLASS_REGISTRY["audio_ctc"].__dataclass_fields__)
+    task = {key: value for key, value in task.items() if key in known and value is not None}
+    task = {"data": "", "labels": "ltr", **task, "_name": "audio_ctc", "normalize": normalize}
+    return {**sections, "model": model, "task": task}
+
+
+def _fresh_state(cfg: Dict[str, Any], weights: Dict[str, Any], task_state: Dict[str, Any]) -> Dict[str, Any]:
+    """A checkpoint as fairseq's trainer writes it, before any update."""
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": weights,
+        "criterion": None,
+        "optimizer_history": [
+            {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0},
+        ],
+        "task_state": task_state,
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "last_optimizer_state": None,
+    }
+
+
+def format_report(report: StudentReport) -> str:
+    """The table that `w2v2-light student` prints."""
+    lines = [f"{'part':<24}{'copied: tensors':>16}{'parameters':>14}{'anew: tensors':>16}{'parameters':>14}"]
+    rows = {**report.parts, "total": [sum(column) for column in zip(*report.parts.values())]}
+    for part, (tensors, values, new_tensors, new_values) in rows.items():
+        name = {"norms": "norms, mask vector", "heads": "pre-training heads"}.get(part, part)
+        lines.append(f"{name:<24}{tensors:>16}{values:>14,}{new_tensors:>16}{new_values:>14,}")
+    lines.append("")
+    for index, layer in enumerate(report.layers):
+        lines.append(f"student layer {index}{_depths(layer.depths, index)} <- {_origin(layer)}")
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _depths(depths: Tuple[int, ...], index: int) -> str:
+    return "" if depths == (index,) else f" (at depths {', '.join(map(str, depths))})"
+
+
+def _origin(layer: StudentLayer) -> str:
+    if layer.teacher_depth is None:
+        return "initialised anew"
+    if layer.copied == "all":
+        return f"teacher depth {layer.teacher_depth}"
+    if layer.copied == "none":
+        return f"initialised anew: teacher depth {layer.teacher_depth} has other shapes"
+    return f"teacher depth {layer.teacher_depth}, in part: {layer.copied}; the rest initialised anew"
