@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,10 +63,26 @@ def corpus(tmp_path_factory):
     return root
 
 
-def train(config, data, save_dir, *overrides, wait=True):
+RANK_SCRIPT = """
+import os, torch
+from fairseq import trainer
+stock_step = trainer.Trainer.train_step
+def train_step(self, samples, **kwargs):
+    result = stock_step(self, samples, **kwargs)
+    rank = self.cfg.distributed_training.distributed_rank
+    state = {"model": self.get_model().state_dict(), "criterion": self.get_criterion().state_dict()}
+    torch.save(state, os.path.join(os.environ["DUMP"], f"rank{rank}.pt"))
+    return result
+trainer.Trainer.train_step = train_step
+from fairseq_cli.hydra_train import cli_main
+cli_main()
+"""
+
+
+def train(config, data, save_dir, *overrides, wait=True, program=None):
     path = os.pathsep.join([str(user_dir().parent), os.environ.get("PYTHONPATH", "")])
     command = [
-        str(Path(sys.executable).with_name("fairseq-hydra-train")),
+        *(program or [str(Path(sys.executable).with_name("fairseq-hydra-train"))]),
         f"common.user_dir={user_dir()}",
         f"task.data={data}",
         f"checkpoint.save_dir={save_dir}",
@@ -76,7 +93,7 @@ def train(config, data, save_dir, *overrides, wait=True):
         "--config-name",
         config.stem,
     ]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DUMP": str(save_dir)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if not wait:
         return process
@@ -117,9 +134,9 @@ def graph(corpus):
     return path
 
 
-def distill(name, corpus, save_dir, teacher, student, *overrides, wait=True):
+def distill(name, corpus, save_dir, teacher, student, *overrides, **options):
     settings = [f"criterion.teacher={teacher}", f"model.w2v_path={student}", "task.normalize=true", *SMALL]
-    return train(config_dir("distillation") / f"{name}.yaml", corpus, save_dir, *settings, *overrides, wait=wait)
+    return train(config_dir("distillation") / f"{name}.yaml", corpus, save_dir, *settings, *overrides, **options)
 
 
 def state(path):
@@ -190,6 +207,44 @@ def test_a_narrow_student_with_lfmmi_and_a_cache_resumes_after_sigkill(corpus, t
         assert expected[part].keys() == found[part].keys()
         for name, value in expected[part].items():
             assert torch.equal(value, found[part][name]), name
+
+
+def test_two_ranks_end_with_equal_weights_and_projections(corpus, teacher, graph, tmp_path):
+    student = tmp_path / "student.pt"
+    sizes = ["--width", "16", "--ffn", "32", "--heads", "2", "--layers-n", "2"]
+    assert main(["student", str(teacher), str(student), *sizes]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    overrides = [
+        "common.cpu=true",
+        "distributed_training.distributed_world_size=2",
+        "distributed_training.distributed_backend=gloo",
+        f"distributed_training.distributed_init_method=tcp://127.0.0.1:{port}",
+        "distributed_training.distributed_no_spawn=true",
+        f"criterion.denominator={graph}",
+        f"criterion.teacher_cache={tmp_path / 'cache'}",
+        "dataset.disable_validation=true",
+        "optimization.max_update=3",
+        "checkpoint.no_save=true",
+    ]
+    (tmp_path / "rank.py").write_text(RANK_SCRIPT)
+    program = [sys.executable, str(tmp_path / "rank.py")]
+    ranks = []
+    for rank in (0, 1):
+        own = f"distributed_training.distributed_rank={rank}"
+        settings = (corpus, tmp_path, teacher, student, *overrides, own)
+        ranks.append(distill("distillw2v2_s3", *settings, program=program, wait=False))
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=300)
+        assert rank.returncode == 0, output[-3000:]
+
+    first, second = (state(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert len(first["criterion"]) == 2
+    for part in ("model", "criterion"):
+        assert not [name for name in first[part] if "teacher" in name]
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
 
 
 def test_a_student_without_labels_learns_hidden_layers_and_fine_tunes(corpus, teacher, tmp_path):

@@ -336,8 +336,8 @@ def _check_finite(log_z: torch.Tensor, what: str = "the scores") -> None:
     if log_z.device.type == "cpu" and not torch.isfinite(log_z).all():
         row = int((~torch.isfinite(log_z)).nonzero()[0])
         raise ValueError(
-            f"LF-MMI: {what} of row {row} hold NaN or +inf, or a frame of -inf alone; has the model diverged (lower the "
-            "learning rate), or is the audio broken?"
+            f"LF-MMI: {what} of row {row} hold NaN or +inf, or a frame of -inf alone; has the model diverged "
+            "(lower the learning rate), or is the audio broken?"
         )
 
 
