@@ -3,9 +3,9 @@
     python benchmarks/lfmmi.py [--threads 2] [--repeats 9] [--device cpu]
 
 Prints a table: milliseconds of one forward and backward (median and fastest of interleaved repeats) at --frames and at
-twice as many, the ratio of the fastest, and the memory that one adds at its peak. On a machine that does other work the
-fastest tells more. Exits with 1 when the fastest run of an order-2 loss takes more than --limit seconds, or its ratio
-lies outside of 1.8 to 2.2 (linear in frames).
+twice as many of the same transcripts, the ratio of the fastest, and the memory that one adds at its peak. On a machine
+that does other work the fastest tells more. Exits with 1 when the fastest run of an order-2 loss takes more than
+--limit seconds, or its ratio lies outside of 1.8 to 2.2 (linear in frames).
 """
 
 import argparse
@@ -78,7 +78,7 @@ def step(name, args, frames):
     """A function that runs one loss forward and backward, and waits for the device."""
     generator = torch.Generator().manual_seed(0)
     logits, teacher = (2 * torch.randn(2, args.batch, frames, args.symbols, generator=generator)).to(args.device)
-    targets = torch.randint(len(SPECIALS), args.symbols, (args.batch, frames // 8), generator=generator)
+    targets = torch.randint(len(SPECIALS), args.symbols, (args.batch, args.frames // 8), generator=generator)
     lengths = torch.full((args.batch,), frames)
     target_lengths = torch.full((args.batch,), targets.size(1))
     symbols = SPECIALS + [f"label{index}" for index in range(args.symbols - len(SPECIALS))]

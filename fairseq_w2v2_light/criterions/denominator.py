@@ -17,7 +17,7 @@ ORDERS = (2, 3)
 # An order-3 graph holds a probability for every three labels.
 MAX_LABELS_ORDER_3 = 256
 # Smallest log-probability of an arc; why the recursion over frames needs one stands in lfmmi.py.
-MIN_LOG_PROBABILITY = -60.0
+MIN_LOG_PROBABILITY = -35.0
 
 KIND = "w2v2-light denominator graph"
 VERSION = 1
@@ -58,7 +58,7 @@ class DenominatorGraph:
     log_start: (L,), p(c | <s>). log_empty: p(</s> | <s>).
     log_transitions: order 2: (1, L, L), [0, b, c] = p(c | b); order 3: (L + 1, L, L), [a, b, c] = p(c | a, b), where
     a = 0 is <s> and a = i + 1 is label i. log_final: order 2: (1, L), p(</s> | b); order 3: (L + 1, L), p(</s> | a, b).
-    Raises ValueError for shapes that disagree, labels that are no labels, and arcs outside of [-60, 0].
+    Raises ValueError for shapes that disagree, labels that are no labels, and arcs outside of [-35, 0].
     """
 
     def __init__(self, symbols, labels, log_start, log_transitions, log_final, log_empty, blank: int = 0):
@@ -265,7 +265,8 @@ def estimate(
     """A graph with interpolated Witten-Bell probabilities of transcripts.
 
     p(c|h) = (N(h,c) + T(h) p(c|h')) / (N(h) + T(h)), where N counts, T(h) is the number of different successors of h
-    and h' is h without its first label; the last resort is uniform over the labels and </s>. Every arc exists.
+    and h' is h without its first label; the last resort is uniform over the labels and </s>. Every arc exists, and
+    none is below e^-35 (for which a history's sum may exceed 1 by less than 1e-12, in a huge corpus).
     sequences: dictionary indices of each transcript; one may be empty. symbols: the whole dictionary, in its order.
     labels: dictionary indices of the labels (default: all but fairseq's <s>, <pad>, </s>, <unk>).
     Raises ValueError for no transcripts, symbols that are no labels, and order 3 with more than 256 labels.
@@ -287,8 +288,7 @@ def estimate(
     bigrams = _interpolate(bigram_counts, unigrams)
     # The start has no longer history to interpolate with.
     longest = _interpolate(counts[:, 1:], bigrams[1:]) if order == 3 else bigrams[None, 1:]
-    with np.errstate(divide="ignore"):
-        start, longest = np.log(bigrams[0]), np.log(longest)
+    start, longest = (np.maximum(np.log(table), MIN_LOG_PROBABILITY) for table in (bigrams[0], longest))
     return DenominatorGraph(
         symbols, labels, start[:size], longest[..., :size], longest[..., size], start[size], blank=blank
     )

@@ -6,11 +6,19 @@ of the labels that remain when repeats are merged and blanks dropped, the end of
 
 Frame scores are logits or log-probabilities alike: a constant added to a frame cancels in both losses. Symbols that
 are neither blank nor label of the graph (fairseq's <pad>, </s>, <unk>) take part in nothing. Whatever stands in padded
-frames is not looked at. Computation is in float32 (float64 for float64 scores), under autocast too.
+frames is not looked at. Computation is in float32 (float64 for float64 scores), under autocast too; a process that
+allows TF32 matrix products (torch.backends.cuda.matmul.allow_tf32, off by default) gets its precision.
 
 Values are checked where that costs nothing, on the CPU: there, NaN scores, lengths of 0 or beyond the frames, and
 transcripts with foreign symbols raise ValueError. On other devices a check would wait for the device; NaN scores and
 foreign symbols give NaN losses there.
+
+How sums over states become matrix products of exp(score - maximum): float32 loses what lies 87 below the maximum, and
+that does not matter, because every arc of the graph exists. The same sequences of symbols can follow any two states,
+and their n-gram probabilities differ in at most order - 1 factors, each at least e^-35 (MIN_LOG_PROBABILITY). So a
+state 87 below the best one adds less than e^(70 - 87), float32's own rounding, to log Z and to any posterior. Backward,
+likewise: a state that is lost lies 87 below one that the same predecessors reach at the price of at most two such
+factors. Scores stay logarithms between frames, so that nothing is lost for being unlikely for a while.
 """
 
 from typing import Optional, Sequence, Tuple
@@ -23,14 +31,6 @@ from .denominator import DenominatorGraph, GraphTensors
 
 # Stands for a score of minus infinity: far below every other, and differences of two are numbers.
 NEG = -1e30
-# Sums over states are matrix products of exp(score - maximum + 60), which float32 holds down to 147 below the maximum.
-#
-# What underflows does not matter, because every arc of the graph exists. From any two states the same sequences of
-# symbols can follow, and their n-gram probabilities differ in at most order - 1 factors, each at least e^-60
-# (MIN_LOG_PROBABILITY): a state 147 below the best one adds less than e^-27 of it to log Z and to any posterior.
-# Likewise in the other direction: a state that underflows lies 147 below one that the same predecessors reach, itself
-# or one that says the same and differs in its history, at the price of at most two such factors.
-_HEADROOM = 60.0
 
 
 def log_partition(log_probs: torch.Tensor, lengths: Optional[torch.Tensor], graph: DenominatorGraph) -> torch.Tensor:
@@ -220,12 +220,11 @@ def _forward(frames: Sequence[torch.Tensor], tensors: GraphTensors) -> Tuple[tor
     lattice = frames[0].new_empty(len(frames), groups, batch, 2, members)
     state = frames[0].new_full((groups, batch, 2, members), float("-inf"))
     state[0, :, 0, 0] = 0
-    headroom = state.new_full((), _HEADROOM)
     weights = torch.empty_like(state)
     from_blank, from_label = weights.unbind(2)
     scales = []
     for emission, following, blank, label in zip(frames, lattice.unbind(0), *lattice.unbind(3)):
-        scale = state.amax((0, 2, 3), keepdim=True).sub_(headroom)
+        scale = state.amax((0, 2, 3), keepdim=True)
         scales.append(scale)
         torch.sub(state, scale, out=weights).exp_()
         torch.add(from_blank, from_label, out=blank)
@@ -241,12 +240,11 @@ def _backward(frames: Sequence[torch.Tensor], lattice: torch.Tensor, tensors: Gr
     slots = lattice.unbind(0)
     state = tensors.log_final.view(groups, 1, 1, members).expand_as(slots[0])
     slots[-1].add_(state)
-    headroom = lattice.new_full((), _HEADROOM)
     weights = torch.empty_like(slots[0])
     to_blank, to_label = weights.unbind(2)
     for t in range(len(frames) - 2, -1, -1):
         torch.add(state, frames[t + 1], out=weights)
-        weights.sub_(weights.amax((0, 2, 3), keepdim=True).sub_(headroom)).exp_()
+        weights.sub_(weights.amax((0, 2, 3), keepdim=True)).exp_()
         state = torch.bmm(_regroup(to_label), tensors.reverse).view_as(weights)
         to_label.add_(to_blank)
         state.add_(weights).log_()

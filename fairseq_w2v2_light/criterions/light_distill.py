@@ -1,6 +1,6 @@
 """`light_distill`: a small student learns from a large wav2vec 2.0 teacher, from transcripts, or from both."""
 
-import logging
+import os
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional
 
@@ -19,8 +19,6 @@ from .denominator import DenominatorGraph
 from .lfmmi import distillation_lfmmi, lfmmi_loss
 from .teacher import Teacher
 from .teacher_cache import CachedTeacher, DatasetIdentity
-
-logger = logging.getLogger(__name__)
 
 # weight -> what the term needs
 TEACHER_LOGITS = ("kl_weight", "logits_mse_weight", "cosine_weight", "mmi_weight")
@@ -41,7 +39,10 @@ class LightDistillConfig(FairseqDataclass):
     )
     teacher_cache: str = field(
         default="",
-        metadata={"help": "folder that keeps the teacher's outputs, so that every epoch after the first is cheap"},
+        metadata={
+            "help": "absolute path of a folder that keeps the teacher's outputs, so that every epoch after the first "
+            "is cheap"
+        },
     )
     teacher_cache_dtype: str = field(default="float16", metadata={"help": "how the cache stores: float16 or float32"})
     hidden_weight: float = field(
@@ -189,7 +190,8 @@ class LightDistill(FairseqCriterion):
         layers = dict(zip(output["layer_depths"], output["layer_results"]))
         padding = output["layer_padding_mask"]
         hop = self.hop * _squeeze_of(output)
-        total = 0.0
+        # every layer may be dropped, and the loss needs a gradient all the same
+        total = output["encoder_out" if "encoder_out" in output else "x"].float().reshape(-1)[0] * 0.0
         for index, (depth, teacher_depth) in enumerate(self.pairs):
             if depth not in layers:
                 continue
@@ -200,7 +202,7 @@ class LightDistill(FairseqCriterion):
             other = terms.Frames(teacher.hidden[teacher_depth], teacher.hidden_lengths, teacher.hop * teacher.squeeze)
             target, hidden, valid = terms.align(other, student)
             total = total + terms.mean_squared_error(hidden, target, valid)
-        return torch.as_tensor(total, device=output["features_pen"].device)
+        return total
 
     def _labels(self, student, teacher, frames):
         """The terms that compare logits."""
@@ -309,6 +311,12 @@ def _check(cfg, weights, labelled: bool) -> None:
             raise ValueError(f"criterion.{name}: found {getattr(cfg, name)}, expected 0 or more")
     if cfg.temperature <= 0:
         raise ValueError(f"criterion.temperature: found {cfg.temperature}, expected more than 0")
+
+    if cfg.teacher_cache and not os.path.isabs(cfg.teacher_cache):
+        raise ValueError(
+            f"criterion.teacher_cache: found '{cfg.teacher_cache}', expected an absolute path: fairseq-hydra-train "
+            "changes the working directory"
+        )
 
     def users(names):
         return ", ".join(name for name in names if getattr(cfg, name) != 0)

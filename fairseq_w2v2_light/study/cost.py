@@ -163,7 +163,7 @@ def format_cost(result: Dict[str, Any]) -> str:
     )
     if result["parameters_with_pretraining_heads"] != result["parameters"]:
         lines.append(
-            f"{result['parameters_with_pretraining_heads']:,} parameters with the heads of pre-training, which the "
-            "317 M of LARGE include"
+            f"{result['parameters_with_pretraining_heads']:,} parameters with the heads of pre-training, which "
+            "published counts often include (the 317 M of LARGE, for one)"
         )
     return "\n".join(lines)

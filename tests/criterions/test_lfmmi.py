@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from fairseq_w2v2_light.criterions.denominator import DenominatorGraph
+from fairseq_w2v2_light.criterions.denominator import MIN_LOG_PROBABILITY, DenominatorGraph
 from fairseq_w2v2_light.criterions.lfmmi import distillation_lfmmi, lfmmi_loss, log_partition, posteriors
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -21,7 +21,8 @@ def random_graph(labels, order, sharpness=1.0):
     histories = 1 if order == 2 else labels + 1
 
     def draw(*shape):
-        return (sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
+        scores = sharpness * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return scores.log_softmax(-1).clamp_min(MIN_LOG_PROBABILITY)
 
     start, arcs = draw(labels + 1), draw(histories, labels, labels + 1)
     symbols = SPECIALS + [f"l{index}" for index in range(labels)]
@@ -401,8 +402,8 @@ def test_3000_frames_in_float32(order):
 
     for (single, slope), (double, exact) in zip(compute(student, teacher), compute(student.double(), teacher.double())):
         assert torch.isfinite(single).all() and torch.isfinite(slope).all()
-        assert ((single - double) / double).abs().max() < 1e-6
-        close(slope, exact, 2e-5)
+        assert ((single - double) / double).abs().max() < 2e-7
+        close(slope, exact, 5e-6)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
@@ -436,10 +437,9 @@ def test_logits_of_ten_thousand(order, kind, dtype):
 @pytest.mark.parametrize("scale", (1.0, 30.0, 100.0, 300.0))
 @pytest.mark.parametrize("order", ORDERS)
 def test_arcs_at_the_limit_of_what_a_graph_may_hold(order, scale):
-    """Where float32 must drop the most: arcs down to e^-60, scores of every size."""
-    graph = random_graph(4, order, sharpness=12.0)
-    smallest = min(graph.log_transitions.min(), graph.log_final.min())
-    assert smallest < -25
+    """Where float32 must drop the most: arcs down to e^-35, scores of every size."""
+    graph = random_graph(4, order, sharpness=20.0)
+    assert graph.log_transitions.min() == MIN_LOG_PROBABILITY
     logits = random_logits(1, 30, 8, scale=scale).float().requires_grad_()
     found, expected = log_partition(logits, None, graph), explicit_log_z(logits[0], graph).unsqueeze(0)
     close(found, expected, 1e-6 * (1 + expected.abs().max().item()))

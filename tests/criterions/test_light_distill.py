@@ -301,6 +301,7 @@ def test_the_mask_of_the_pretraining_student(files, checkpoints, tmp_path):
         ({}, "every weight is 0"),
         ({"kl_weight": -1.0}, "criterion.kl_weight: found -1.0, expected 0 or more"),
         ({"kl_weight": 1.0, "temperature": 0.0}, "criterion.temperature: found 0.0"),
+        ({"kl_weight": 1.0, "teacher_cache": "cache"}, "criterion.teacher_cache: found 'cache', expected an absolute"),
         ({"kl_weight": 1.0, "teacher": ""}, "criterion.teacher: empty, but needed by kl_weight"),
         ({"mmi_weight": 1.0, "denominator": ""}, "criterion.denominator: empty, but needed by mmi_weight"),
         ({"hidden_weight": 1.0, "hidden_map": "every:3"}, "layer 5 of the teacher, which has 4 layers"),
