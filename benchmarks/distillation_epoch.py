@@ -26,7 +26,7 @@ STUDENT = [
 ]
 # the same without the keys that the recipe has already
 DISTILLED = [
-    "+model.recipe_overrides.conv_feature_layers='[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'",
+    "model.recipe_overrides.conv_feature_layers='[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'",
 ]
 TERMS = ("ctc", "kl", "hidden", "mmi")
 WAYS = {

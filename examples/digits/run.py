@@ -17,7 +17,10 @@ from fairseq_w2v2_light.files import atomic_write_text
 from fairseq_w2v2_light.study.experiment import as_records, compare_points, format_table, train
 from fairseq_w2v2_light.study.plot import plot_tradeoff
 
+LIGHT = ["model.unique_layers=2"]  # two stored layers serve four
 PLAIN = ["model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]"]
+# half an hour of speech is little: more masks, dropout and updates than the recipe's serve every point
+REGULARISED = ["model.mask_prob=0.35", "model.mask_channel_prob=0.2", "model.dropout=0.1"]
 SPECIFIC = "s2q1k2"
 
 
@@ -27,8 +30,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/digits"), help="where everything goes")
     parser.add_argument("--models", nargs="+", choices=("plain", "light"), default=("light", "plain"))
     parser.add_argument("--pretrain-updates", type=int, default=400)
-    parser.add_argument("--finetune-updates", type=int, default=3000)
-    parser.add_argument("--specific-updates", type=int, default=1500)
+    parser.add_argument("--plain-updates", type=int, default=3000, help="fine-tuning of the plain model")
+    parser.add_argument("--light-updates", type=int, default=3500, help="fine-tuning of the shared, stochastic model")
+    parser.add_argument("--specific-updates", type=int, default=1500, help="its fine-tuning for one operating point")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.time()
@@ -38,7 +42,7 @@ def main() -> None:
 
     rows = []
     if "light" in args.models:
-        light = fit("light", data, args, [])
+        light = fit("light", data, args, LIGHT, REGULARISED, args.light_updates)
         rows += compare_points(light, data, all_points(light), args.out / "light/decoded", model="light", report=say)
         say(f"\nfine-tune the stochastic model for {SPECIFIC} only")
         specific = train(
@@ -48,7 +52,7 @@ def main() -> None:
             [
                 f"model.w2v_path={light.resolve()}",
                 f"model.operating_point={SPECIFIC}",
-                # drawn operating points also regularise; without them, masks and dropout must do more
+                # drawn operating points also regularise; without them, masks must do more
                 "model.mask_prob=0.4",
                 "model.mask_channel_prob=0.25",
                 "model.dropout=0.1",
@@ -62,7 +66,7 @@ def main() -> None:
             specific, data, [SPECIFIC], args.out / "light/decoded-specific", model=f"light, {SPECIFIC} only", report=say
         )
     if "plain" in args.models:
-        plain = fit("plain", data, args, PLAIN)
+        plain = fit("plain", data, args, PLAIN, [], args.plain_updates)
         rows += compare_points(plain, data, ["s1q1k1"], args.out / "plain/decoded", model="plain", report=say)
 
     say("\n" + format_table(rows))
@@ -72,14 +76,14 @@ def main() -> None:
     say(f"\nplot: {args.out / 'tradeoff.png'}; {time.time() - start:.0f} s in all")
 
 
-def fit(name: str, data: Path, args, model_overrides) -> Path:
-    """Pre-trains and fine-tunes one model; returns its checkpoint."""
+def fit(name: str, data: Path, args, pretraining, finetuning, updates: int) -> Path:
+    """Pre-trains and fine-tunes one model with overrides for either; returns its checkpoint."""
     say(f"\n{name}: pre-train")
     pretrained = train(
         "pretraining/light_stochastic_tiny",
         data,
         args.out / name / "pretrained",
-        [*model_overrides, f"common.seed={args.seed}"],
+        [*pretraining, f"common.seed={args.seed}"],
         max_update=args.pretrain_updates,
         report=say,
     )
@@ -88,8 +92,8 @@ def fit(name: str, data: Path, args, model_overrides) -> Path:
         "finetuning/tiny",
         data,
         args.out / name / "finetuned",
-        [f"model.w2v_path={pretrained.resolve()}", f"common.seed={args.seed}"],
-        max_update=args.finetune_updates,
+        [f"model.w2v_path={pretrained.resolve()}", f"common.seed={args.seed}", *finetuning],
+        max_update=updates,
         report=say,
     )
 
