@@ -23,9 +23,9 @@ from omegaconf import OmegaConf, open_dict
 
 import fairseq_w2v2_light  # noqa: F401 - registers the models
 from fairseq_w2v2_light.cli import student
-from fairseq_w2v2_light.compress.student import StudentSpec, parse_layers, student_config
+from fairseq_w2v2_light.compress.student import parse_layers, student_config
 from fairseq_w2v2_light.models import network_config
-from fairseq_w2v2_light.models.recipe import load_recipe, parse_overrides, read_recipe
+from fairseq_w2v2_light.models.recipe import load_recipe, read_recipe
 from fairseq_w2v2_light.paths import config_dir
 
 try:
@@ -286,16 +286,7 @@ def test_the_command_in_a_distillation_recipe_makes_the_student_that_it_describe
     parser = argparse.ArgumentParser()
     student.add_arguments(parser)
     for command in commands:
-        options = parser.parse_intermixed_args(command)
-        spec = StudentSpec(
-            layers=options.layers,
-            width=options.width,
-            ffn=options.ffn,
-            heads=options.heads,
-            layers_n=options.layers_n,
-            unique_layers=options.unique_layers,
-            overrides=parse_overrides(options.overrides),
-        )
+        spec = student.student_spec(parser.parse_intermixed_args(command))
         chosen = parse_layers(spec.layers, model.encoder_layers) if spec.layers else ()
         model = student_config(model, chosen, spec)
     described = load_recipe(recipe[: -len(".yaml")]).model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import List
 
 from ..criterions.denominator import ORDERS, estimate, perplexity
-from ..data.manifest import SPECIAL_SYMBOLS, read_dictionary, read_labels
+from ..data.manifest import SPECIAL_SYMBOLS, read_dictionary, read_labels, unknown_label_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +45,9 @@ def _read_sequences(path: Path, symbols: List[str], dictionary_path: Path) -> Li
     labels = {symbol: index for index, symbol in enumerate(symbols) if symbol not in SPECIAL_SYMBOLS}
     sequences = []
     for number, line in enumerate(read_labels(path), start=1):
-        unknown = [symbol for symbol in line.split() if symbol not in labels]
-        if unknown:
-            raise ValueError(
-                f"{path}:{number}: symbol {unknown[0]!r} is not in {dictionary_path}; add it there or prepare the "
-                "folder again"
-            )
+        problem = unknown_label_problem(path, number, line, labels, dictionary_path)
+        if problem:
+            raise ValueError(problem)
         sequences.append([labels[symbol] for symbol in line.split()])
     if not any(sequences):
         raise ValueError(f"{path}: found no label in {len(sequences)} lines; a denominator graph needs transcripts")

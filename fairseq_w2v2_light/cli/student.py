@@ -52,10 +52,19 @@ def run(args) -> int:
     # overrides may follow the options
     options = parser.parse_intermixed_args(args.rest)
 
-    from ..compress.student import StudentSpec, format_report, make_student
+    from ..compress.student import format_report, make_student
+
+    report = make_student(options.teacher, options.out, student_spec(options), options.dictionary)
+    print(f"{options.teacher} -> {options.out} ({report.model})\n\n{format_report(report)}")
+    return 0
+
+
+def student_spec(options: argparse.Namespace):
+    """The StudentSpec that parsed options describe."""
+    from ..compress.student import StudentSpec
     from ..models.recipe import parse_overrides
 
-    spec = StudentSpec(
+    return StudentSpec(
         layers=options.layers,
         width=options.width,
         ffn=options.ffn,
@@ -65,6 +74,3 @@ def run(args) -> int:
         overrides=parse_overrides(options.overrides),
         seed=options.seed,
     )
-    report = make_student(options.teacher, options.out, spec, options.dictionary)
-    print(f"{options.teacher} -> {options.out} ({report.model})\n\n{format_report(report)}")
-    return 0

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..files import atomic_path
 from ..models.checkpoint import (
+    CTC_ENCODER,
     CTC_MODELS,
     EncoderCheckpoint,
     load_encoder,
@@ -24,7 +25,7 @@ from ..models.checkpoint import (
 from ..models.light_ctc import LightCtcConfig
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides
-from ..models.w2v2_light import W2V2LightModel, network_config
+from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
 
 # keys of the student's model that have an option of their own
 _OPTIONS = {
@@ -146,7 +147,7 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
         head_weights = {f"w2v_encoder.proj.{name}": value for name, value in head.state_dict().items()}
         teacher_head = {f"w2v_encoder.proj.{name}": value for name, value in start.head.items()}
         parts["CTC head"] = _count(head_weights, _copy(teacher_head, head_weights, [], True))
-        weights = {**{f"w2v_encoder.w2v_model.{name}": value for name, value in weights.items()}, **head_weights}
+        weights = {**{f"{CTC_ENCODER}{name}": value for name, value in weights.items()}, **head_weights}
         state["task_state"], notes = _task_state(state, start, dictionary)
     elif dictionary:
         raise ValueError(f"--dictionary {dictionary}: '{teacher}' is a pre-trained checkpoint, which has no labels")
@@ -231,7 +232,7 @@ def _module_of(name: str) -> str:
     for pattern in (
         r"feature_extractor\.conv_layers\.\d+",
         r"encoder\.layers\.\d+\.(self_attn|fc)(?=[.\d])",
-        r"quantizer|project_q|target_glu|final_proj|encoder\.pos_conv|encoder\.upsample",
+        rf"{'|'.join(PRETRAINING_HEADS)}|encoder\.pos_conv|encoder\.upsample",
     ):
         found = re.match(pattern, name)
         if found:

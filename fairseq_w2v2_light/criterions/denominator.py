@@ -10,7 +10,7 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 
-from fairseq_w2v2_light.data.manifest import SPECIAL_SYMBOLS
+from fairseq_w2v2_light.data.manifest import SPECIAL_SYMBOLS, first_difference
 from fairseq_w2v2_light.files import atomic_path
 
 ORDERS = (2, 3)
@@ -171,9 +171,8 @@ class DenominatorGraph:
         found = [str(symbol) for symbol in symbols]
         if found == self.symbols:
             return
-        pairs = zip(found, self.symbols)
-        index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(self.symbols)))
-        theirs, ours = (repr(names[index]) if index < len(names) else "no symbol" for names in (found, self.symbols))
+        index, *differing = first_difference(found, self.symbols)
+        theirs, ours = ("no symbol" if symbol is None else repr(symbol) for symbol in differing)
         raise ValueError(
             f"{where}: the denominator graph was built for another dictionary: at index {index} the dictionary has "
             f"{theirs}, the graph has {ours} ({len(found)} and {len(self.symbols)} symbols); {_REBUILD} from the data "

@@ -130,7 +130,6 @@ class LightDistill(FairseqCriterion):
     def _load_teacher(self, cfg, task, network, dictionary):
         teacher = Teacher.load(
             cfg.teacher,
-            layers=(),
             needs_logits=_uses(cfg, TEACHER_LOGITS),
             dtype=cfg.teacher_dtype,
             operating_point=cfg.teacher_operating_point,
@@ -149,20 +148,15 @@ class LightDistill(FairseqCriterion):
         """Returns the loss (sum over the frames), the number of frames, and the logging output."""
         output = self._run_student(model, sample)
         teacher = self._teacher[0](**_audio(sample)) if self._teacher else None
-        logits = output.get("encoder_out")
-        student = None
-        if logits is not None:
-            student = terms.Frames(
-                logits.transpose(0, 1), terms.lengths_of(output["padding_mask"], logits.transpose(0, 1)), self.hop
-            )
-            frames = int(student.lengths.sum())
-        else:
-            frames = int(terms.lengths_of(output["padding_mask"], output["x"]).sum())
+        # a CTC student's logits, or the frames of one without labels
+        x = output["x"] if self.ctc is None else output["encoder_out"].transpose(0, 1)
+        student = terms.Frames(x, terms.lengths_of(output["padding_mask"], x), self.hop)
+        frames = int(student.lengths.sum())
 
         values: Dict[str, torch.Tensor] = {}
         log = {}
         if "hidden" in self.weights:
-            values["hidden"] = self._hidden(output, teacher)
+            values["hidden"] = self._hidden(output, teacher, student)
         if teacher is not None and teacher.logits is not None:
             values.update(self._labels(student, teacher, frames))
         if "mmi_transcript" in self.weights:
@@ -185,22 +179,22 @@ class LightDistill(FairseqCriterion):
             return model(**sample["net_input"])
         return model(**sample["net_input"], features_only=True, mask=self.mask_student and model.training)
 
-    def _hidden(self, output, teacher):
+    def _hidden(self, output, teacher, student):
         """Sum over the layer map of MSE(H^S W, H^T); dropped layers of the student have no term."""
         layers = dict(zip(output["layer_depths"], output["layer_results"]))
         padding = output["layer_padding_mask"]
         hop = self.hop * _squeeze_of(output)
         # every layer may be dropped, and the loss needs a gradient all the same
-        total = output["encoder_out" if "encoder_out" in output else "x"].float().reshape(-1)[0] * 0.0
+        total = student.x.float().reshape(-1)[0] * 0.0
         for index, (depth, teacher_depth) in enumerate(self.pairs):
             if depth not in layers:
                 continue
             hidden = layers[depth][0].transpose(0, 1)
             if self.projections:
                 hidden = self.projections[index](hidden)
-            student = terms.Frames(hidden, terms.lengths_of(padding, hidden), hop)
+            own = terms.Frames(hidden, terms.lengths_of(padding, hidden), hop)
             other = terms.Frames(teacher.hidden[teacher_depth], teacher.hidden_lengths, teacher.hop * teacher.squeeze)
-            target, hidden, valid = terms.align(other, student)
+            target, hidden, valid = terms.align(other, own)
             total = total + terms.mean_squared_error(hidden, target, valid)
         return total
 

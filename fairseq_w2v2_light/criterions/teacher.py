@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.manifest import first_difference
 from ..models.checkpoint import EncoderCheckpoint, load_encoder, require_finite_weights
-from ..models.w2v2_light import STOCHASTIC, network_config
+from ..models.w2v2_light import PRETRAINING_HEADS, STOCHASTIC, network_config
 from ..nn.backbone import Backbone
 from ..nn.frontend import frame_lengths, receptive_field
 from ..nn.masks import pooled_length
 from ..nn.operating_point import OperatingPoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PRETRAINING_ONLY = ("quantizer.", "project_q.", "target_glu.", "final_proj.", "mask_emb", "_ema")
+_PRETRAINING_ONLY = (*(f"{name}." for name in PRETRAINING_HEADS), "mask_emb", "_ema")
 _READ_BYTES = 1 << 22
 
 
@@ -247,8 +248,8 @@ def _check_head(checkpoint: EncoderCheckpoint, symbols: Optional[List[str]], whe
             "same; train the student with the dictionary of the teacher's training data"
         )
     if found != symbols:
-        index = next((i for i, (a, b) in enumerate(zip(found, symbols)) if a != b), min(len(found), len(symbols)))
-        teacher, student = (repr(s[index]) if index < len(s) else "nothing" for s in (found, symbols))
+        index, *differing = first_difference(found, symbols)
+        teacher, student = ("nothing" if symbol is None else repr(symbol) for symbol in differing)
         raise ValueError(
             f"{where}: its dictionary ({len(found)} symbols) is not the student's ({len(symbols)} symbols): symbol "
             f"number {index} is {teacher} in the teacher's and {student} in the student's; expected the same; put the "

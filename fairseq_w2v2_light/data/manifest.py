@@ -8,7 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Container, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import soundfile
 
@@ -182,16 +182,28 @@ def label_problems(
         ]
     problems = []
     for number, line in enumerate(lines, start=1):
-        symbols = line.split()
-        unknown = [symbol for symbol in symbols if symbol not in dictionary]
-        if not symbols:
+        unknown = unknown_label_problem(path, number, line, dictionary, data_dir / f"dict.{label_suffix}.txt")
+        if not line.split():
             problems.append(f"{path}:{number}: found no label; expected at least one symbol")
         elif unknown:
-            problems.append(
-                f"{path}:{number}: symbol {unknown[0]!r} is not in {data_dir / f'dict.{label_suffix}.txt'}; "
-                "add it there or prepare the folder again"
-            )
+            problems.append(unknown)
     return problems
+
+
+def unknown_label_problem(path: Path, number: int, line: str, dictionary: Container[str], dictionary_path: Path) -> str:
+    """What a line of labels has wrong when it has a symbol that is not in the dictionary; empty when it has none."""
+    unknown = [symbol for symbol in line.split() if symbol not in dictionary]
+    if not unknown:
+        return ""
+    return (
+        f"{path}:{number}: symbol {unknown[0]!r} is not in {dictionary_path}; add it there or prepare the folder again"
+    )
+
+
+def first_difference(one: Sequence[str], other: Sequence[str]) -> Tuple[int, Optional[str], Optional[str]]:
+    """Where two unequal lists of symbols differ first: the index, and the symbol of each there (None: it has ended)."""
+    index = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return (index, *(symbols[index] if index < len(symbols) else None for symbols in (one, other)))
 
 
 def _sampled_header_problems(tsv: Path) -> List[str]:

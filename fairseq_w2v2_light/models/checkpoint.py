@@ -16,6 +16,8 @@ from .. import compat
 ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
 STOCK_ENCODER = "wav2vec2"
 CTC_MODELS = ("wav2vec_ctc", "light_ctc")
+# where a CTC model keeps its encoder
+CTC_ENCODER = "w2v_encoder.w2v_model."
 
 
 @dataclass
@@ -75,8 +77,7 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
     encoder_cfg = state["cfg"].model.w2v_args
     if encoder_cfg is None or model_name(encoder_cfg) not in (STOCK_ENCODER, *ENCODER_MODELS):
         raise ValueError(f"{key}: '{path}' is a CTC checkpoint whose encoder is not a wav2vec 2.0 model")
-    prefix = "w2v_encoder.w2v_model."
-    weights = {name[len(prefix) :]: value for name, value in state["model"].items() if name.startswith(prefix)}
+    weights = encoder_weights(state["model"])
     head = {part: state["model"].get(f"w2v_encoder.proj.{part}") for part in ("weight", "bias")}
     dictionary = (state.get("task_state") or {}).get("target_dictionary")
     return EncoderCheckpoint(
@@ -85,6 +86,11 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
         None if head["weight"] is None else head,
         None if dictionary is None else list(dictionary.symbols),
     )
+
+
+def encoder_weights(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """The encoder's part of a CTC model's state dict, under the names of the pre-training model."""
+    return {name[len(CTC_ENCODER) :]: value for name, value in weights.items() if name.startswith(CTC_ENCODER)}
 
 
 def require_finite_weights(weights: Dict[str, torch.Tensor], where: str) -> None:

@@ -13,10 +13,9 @@ from omegaconf import II, OmegaConf, open_dict
 
 from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, require_finite_weights, update_model
 from .recipe import read_recipe
+from .w2v2_light import PRETRAINING_HEADS
 
 logger = logging.getLogger(__name__)
-
-PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
 
 
 @dataclass

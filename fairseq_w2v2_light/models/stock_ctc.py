@@ -11,9 +11,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf, overwrite_ar
 from fairseq.models.wav2vec import wav2vec2_asr
 from omegaconf import OmegaConf
 
-from .checkpoint import CTC_MODELS, model_name
-
-_ENCODER = "w2v_encoder.w2v_model."
+from .checkpoint import CTC_MODELS, encoder_weights, model_name
 
 
 class _EncoderReader:
@@ -35,8 +33,7 @@ class _EncoderReader:
         # a config of its own: the checkpoint's is closed to new keys, which stock code sets
         encoder_cfg = OmegaConf.create(OmegaConf.to_container(encoder_cfg, enum_to_str=True))
         overwrite_args_by_name(encoder_cfg, arg_overrides or {})
-        weights = {name[len(_ENCODER) :]: value for name, value in state["model"].items() if name.startswith(_ENCODER)}
-        return {"cfg": encoder_cfg, "model": weights}
+        return {"cfg": encoder_cfg, "model": encoder_weights(state["model"])}
 
 
 def accept_ctc_checkpoints() -> None:

@@ -19,6 +19,8 @@ from ..nn.operating_point import OperatingPoint
 from .masking import span_mask, training_randomness
 
 STOCHASTIC = "stochastic"
+# parts of the model that fine-tuning takes away
+PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
 WFE_C = (
     "[(64, 10, 5), (128, 3, 2), (128, 1, 1), (128, 3, 2), (128, 1, 1), (256, 3, 2), (256, 1, 1), (256, 3, 2), "
     "(256, 1, 1), (512, 2, 2), (512, 1, 1), (512, 2, 2), (512, 1, 1)]"
@@ -365,7 +367,8 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             raise ValueError(
                 f"last_layer={last_layer}: w2v2_light keeps its layers; set encoder_layers or layer_map instead"
             )
-        self.quantizer = self.project_q = self.target_glu = self.final_proj = None
+        for name in PRETRAINING_HEADS:
+            setattr(self, name, None)
 
     def _extract_frames(self, source, padding_mask):
         lengths = None

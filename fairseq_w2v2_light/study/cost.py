@@ -1,8 +1,8 @@
 """What a model costs: parameters, bytes and MACs of a recipe or a checkpoint."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -81,16 +81,21 @@ def count_parameters(subject: Subject) -> Dict[str, int]:
     Parts: frontend, projection, positions, layers, unsqueeze, norms (with the mask vector), heads (quantiser and
     projections of pre-training, or the CTC projection).
     """
+    return _count_parameters(subject)[0]
+
+
+def _count_parameters(subject: Subject) -> Tuple[Dict[str, int], int]:
+    """The stored parameters by part, and how many those heads of pre-training have that a CTC model has dropped."""
     with torch.device("meta"):
         model = W2V2LightModel(subject.model)
-    if subject.vocabulary and not subject.pretraining_heads:
-        model.remove_pretraining_modules()
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         parts[part_of(name)] += parameter.numel()
-    if subject.vocabulary:
-        parts["heads"] += (subject.model.encoder_embed_dim + 1) * subject.vocabulary
-    return parts
+    if not subject.vocabulary:
+        return parts, 0
+    dropped = 0 if subject.pretraining_heads else parts["heads"]
+    parts["heads"] += (subject.model.encoder_embed_dim + 1) * subject.vocabulary - dropped
+    return parts, dropped
 
 
 def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
@@ -103,8 +108,7 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
     """
     config = network_config(subject.model)
     chosen = _operating_point(subject, config, point)
-    parameters = count_parameters(subject)
-    with_heads = sum(count_parameters(replace(subject, pretraining_heads=True)).values())
+    parameters, dropped = _count_parameters(subject)
     macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
     total = sum(parameters.values())
     per_layer = parameters["layers"] // config.unique_layers
@@ -113,7 +117,7 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
         "kind": "ctc" if subject.vocabulary else "pretraining",
         "parameters": total,
         "effective_parameters": total + per_layer * (config.depth - config.unique_layers),
-        "parameters_with_pretraining_heads": with_heads,
+        "parameters_with_pretraining_heads": total + dropped,
         "bytes": 4 * total,
         "parameters_by_part": parameters,
         "seconds": seconds,

@@ -13,7 +13,7 @@ from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Model
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_finetuning import AudioFinetuningConfig, AudioFinetuningTask
 
-from fairseq_w2v2_light.data.manifest import read_dictionary, validate_split
+from fairseq_w2v2_light.data.manifest import first_difference, read_dictionary, validate_split
 from fairseq_w2v2_light.models.checkpoint import require_finite_weights
 from fairseq_w2v2_light.runtime.decode import Hypothesis, greedy, prefix_beam_search
 from fairseq_w2v2_light.tasks.checked_audio import check_audio
@@ -207,11 +207,8 @@ class AudioCtcTask(AudioFinetuningTask):
 def _check_same_dictionary(saved: Dictionary, found: Dictionary, path: os.PathLike) -> None:
     if saved.symbols == found.symbols:
         return
-    index = next(
-        (i for i, (a, b) in enumerate(zip(saved.symbols, found.symbols)) if a != b),
-        min(len(saved), len(found)),
-    )
-    expected, got = (d.symbols[index] if index < len(d) else "nothing" for d in (saved, found))
+    index, *symbols = first_difference(saved.symbols, found.symbols)
+    expected, got = ("nothing" if symbol is None else symbol for symbol in symbols)
     raise ValueError(
         f"{path}: its {len(found)} symbols are not the {len(saved)} that the checkpoint was trained with: symbol "
         f"number {index} is {got!r}, expected {expected!r}; decode with the dictionary of the training data"

@@ -224,12 +224,13 @@ def test_a_dropped_layer_of_the_student_has_no_hidden_term(files, student, check
     sample = make_sample(checkpoints, 1500)
     output = model(**sample["net_input"])
     teacher = criterion._teacher[0](**sample["net_input"])
-    full = float(criterion._hidden(output, teacher))
+    student = Frames(output["encoder_out"].transpose(0, 1), None, 20)
+    full = float(criterion._hidden(output, teacher, student))
     output["layer_results"], output["layer_depths"] = output["layer_results"][1:], output["layer_depths"][1:]
-    last = float(criterion._hidden(output, teacher))
+    last = float(criterion._hidden(output, teacher, student))
     assert 0 < last < full
     output["layer_results"], output["layer_depths"] = [], []
-    assert float(criterion._hidden(output, teacher)) == 0
+    assert float(criterion._hidden(output, teacher, student)) == 0
 
 
 def test_validation_counts_errors_and_the_log_has_every_term(files, student, checkpoints):
