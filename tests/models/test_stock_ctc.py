@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from fairseq import checkpoint_utils, models
+from fairseq import checkpoint_utils
 from fairseq.models.wav2vec import wav2vec2_asr
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
 from omegaconf import OmegaConf
+from tiny_checkpoints import ctc_model, save_ctc
 
 from fairseq_w2v2_light.models import W2V2LightConfig, stock_ctc
 from fairseq_w2v2_light.paths import user_dir
@@ -23,10 +24,7 @@ ENCODER = "w2v_encoder.w2v_model."
 
 
 def build(tiny, name, path, text="ABC|", **keys):
-    """A CTC model as fairseq's training builds it."""
-    cfg = {"_name": name, "w2v_path": str(path), "normalize": False, "data": "/nowhere", "ddp_backend": "legacy_ddp"}
-    cfg = {**cfg, "apply_mask": False, **({"operating_point_seed": 7} if name == "light_ctc" else {}), **keys}
-    return models.build_model(OmegaConf.create(cfg), SimpleNamespace(target_dictionary=tiny.letters(text))).eval()
+    return ctc_model(path, name, tiny.letters(text), **keys)
 
 
 def encoder_weights(state_dict):
@@ -49,9 +47,7 @@ def fine_tuned(request, tiny, tmp_path):
         pretrained = tiny.light(layout="large", **sharing)
     start = tiny.save(tmp_path / "pretrained.pt", cfg, pretrained.state_dict())
     model = build(tiny, request.param.split()[0], start)
-    values = OmegaConf.to_container(model.cfg, enum_to_str=True)
-    cfg = {key: value for key, value in values.items() if not str(value).startswith("${")}
-    path = tiny.save(tmp_path / "ctc.pt", cfg, model.state_dict(), dictionary=tiny.letters())
+    path = save_ctc(tmp_path / "ctc.pt", model, dictionary=tiny.letters())
     return SimpleNamespace(path=path, model=model)
 
 
