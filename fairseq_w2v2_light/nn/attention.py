@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class KeyValue(NamedTuple):
+    """Projected keys and values of some frames: what later chunks of a stream attend to.
+
+    key: (batch, heads, time, head dim), None where a layer reuses another one's map. value: as key.
+    """
+
+    key: Optional[Tensor]
+    value: Tensor
+
+    def after(self, past: KeyValue) -> KeyValue:
+        """These frames behind those of `past`."""
+        key = None if self.key is None else torch.cat([past.key, self.key], dim=2)
+        return KeyValue(key, torch.cat([past.value, self.value], dim=2))
+
+    def frames(self, start: int, end: int) -> KeyValue:
+        """Frames `start` to `end` - 1."""
+        return KeyValue(None if self.key is None else self.key[:, :, start:end], self.value[:, :, start:end])
+
+
 class MultiheadAttention(nn.Module):
     """Scaled dot-product attention with stock fairseq parameter names (q_proj, k_proj, v_proj, out_proj).
 
-    Queries and keys may have different lengths (pooling), and a map that another layer computed may be reused
-    (W2V2-Light's second sharing method, our reading of its abstract): q_proj, k_proj and the softmax are then skipped.
+    Queries and keys may have different lengths (pooling), keys and values may be those of earlier calls (streaming),
+    and a map that another layer computed may be reused (W2V2-Light's second sharing method, our reading of its
+    abstract): q_proj, k_proj and the softmax are then skipped.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: Optional[int] = None, dropout: float = 0.0):
@@ -38,28 +58,45 @@ class MultiheadAttention(nn.Module):
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Attends from `query` (B, Tq, C) to `key_value` (B, Tk, C); returns the output (B, Tq, C) and the map.
+        """Attends from `query` (B, Tq, C) to `key_value` (B, Tk, C): `attend` to the `keys_values` of the latter."""
+        memory = self.keys_values(key_value, needs_key=attention_map is None)
+        return self.attend(query, memory, key_mask, attention_map, return_map)
 
-        `key_mask` (B, 1, 1 or Tq, Tk) bool is True where a key may be attended to. `attention_map` (B, heads, Tq, Tk)
-        replaces the computed map. The returned map (before dropout) is None unless `return_map` or a map was given.
+    def keys_values(self, x: Tensor, needs_key: bool = True) -> KeyValue:
+        """Keys and values of frames `x` (B, Tk, C)."""
+        return KeyValue(self._split(self.k_proj(x)) if needs_key else None, self._split(self.v_proj(x)))
+
+    def attend(
+        self,
+        query: Tensor,
+        memory: KeyValue,
+        key_mask: Optional[Tensor] = None,
+        attention_map: Optional[Tensor] = None,
+        return_map: bool = False,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Attends from `query` (B, Tq, C) to `memory`, Tk frames; returns the output (B, Tq, C) and the map.
+
+        `key_mask` (B or 1, 1, Tq or 1, Tk) bool is True where a key may be attended to; every query needs one.
+        `attention_map` (B, heads, Tq, Tk) replaces the computed map. The returned map (before dropout) is None unless
+        `return_map` or a map was given.
         """
-        value = self._split(self.v_proj(key_value))
         dropout = self.dropout if self.training else 0.0
         if attention_map is None and return_map:
-            attention_map = self.attention_map(query, key_value, key_mask)
+            attention_map = self._map(query, memory.key, key_mask)
         if attention_map is None:
             mixed = F.scaled_dot_product_attention(
-                self._split(self.q_proj(query)), self._split(self.k_proj(key_value)), value, key_mask, dropout
+                self._split(self.q_proj(query)), memory.key, memory.value, key_mask, dropout
             )
         else:
-            mixed = F.dropout(attention_map, dropout, self.training) @ value
+            mixed = F.dropout(attention_map, dropout, self.training) @ memory.value
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention_map
 
     def attention_map(self, query: Tensor, key_value: Tensor, key_mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights (B, heads, Tq, Tk); rows sum to 1. The softmax is computed in fp32."""
-        scores = self._split(self.q_proj(query) / math.sqrt(self.head_dim)) @ self._split(
-            self.k_proj(key_value)
-        ).transpose(-2, -1)
+        return self._map(query, self._split(self.k_proj(key_value)), key_mask)
+
+    def _map(self, query: Tensor, key: Tensor, key_mask: Optional[Tensor]) -> Tensor:
+        scores = self._split(self.q_proj(query) / math.sqrt(self.head_dim)) @ key.transpose(-2, -1)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, float("-inf"))
         return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)

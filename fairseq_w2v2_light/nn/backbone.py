@@ -19,7 +19,9 @@ class Backbone(nn.Module):
     def __init__(self, config: EncoderConfig):
         nn.Module.__init__(self)
         self.config = config
-        self.feature_extractor = Frontend(config.conv_layers, config.extractor_norm, config.conv_bias)
+        self.feature_extractor = Frontend(
+            config.conv_layers, config.extractor_norm, config.conv_bias, config.frontend_padding
+        )
         self.layer_norm = nn.LayerNorm(config.features_dim)
         self.post_extract_proj = (
             nn.Linear(config.features_dim, config.dim) if config.features_dim != config.dim else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Any, Mapping, Optional, Tuple
 
+from .frontend import frame_lengths, receptive_field
 from .layer_map import parse_layer_map
 from .operating_point import OperatingPointSpace
 
@@ -21,6 +22,9 @@ class EncoderConfig:
     unsqueeze_factor: largest squeeze factor that the unsqueeze layer has weights for (1: it has none).
     unsqueeze_residual: add the squeezed frame to its sub-frames (False: SEW).
     squeeze_tail: "keep" pools a last window that is not full, "drop" leaves it out (SEW).
+    left_context, lookahead: frames of the frontend that a chunk of a streaming model hears before and after itself;
+    its chunk sizes are `operating_points.chunk`. A model that streams also has causal positions, and a frontend whose
+    input starts with `frontend_padding` zeros.
     """
 
     conv_layers: Tuple[Tuple[int, int, int], ...]
@@ -39,6 +43,8 @@ class EncoderConfig:
     unsqueeze_factor: int = 1
     unsqueeze_residual: bool = True
     squeeze_tail: str = "keep"
+    left_context: int = 0
+    lookahead: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -55,6 +61,33 @@ class EncoderConfig:
                 f"squeeze_factors: found {max(self.operating_points.squeeze)}, but the unsqueeze layer has weights "
                 f"for factors up to {self.unsqueeze_factor}; choose smaller factors, or pre-train with that one"
             )
+        if self.streams:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        chunks = list(self.operating_points.chunk)
+        if self.extractor_norm == "group":
+            raise ValueError(
+                f"extractor_mode: found 'default', a GroupNorm over the whole utterance, but chunk_frames={chunks} "
+                "asks for a streaming model, which cannot wait for its end; use a model trained with "
+                "extractor_mode=layer_norm"
+            )
+        for key, frames in (("left_context_frames", self.left_context), ("lookahead_frames", self.lookahead)):
+            if frames < 0:
+                raise ValueError(f"{key}: found {frames}, expected 0 or more frames")
+        sizes = [("chunk_frames", size) for size in chunks]
+        sizes += [("left_context_frames", self.left_context), ("lookahead_frames", self.lookahead)]
+        points = self.operating_points
+        for squeeze in points.squeeze:
+            for pool_key, pools in (("query_pools", points.query), ("kv_pools", points.key_value)):
+                for pool in pools:
+                    for key, frames in sizes:
+                        if frames % (squeeze * pool):
+                            raise ValueError(
+                                f"{key}: {frames} frames are no multiple of {squeeze * pool}, squeeze factor {squeeze} "
+                                f"times {pool} of {pool_key}: a streaming model needs whole windows in a chunk; choose "
+                                f"{-(-frames // (squeeze * pool)) * squeeze * pool}, or other factors"
+                            )
 
     @property
     def depth(self) -> int:
@@ -65,6 +98,21 @@ class EncoderConfig:
     def unique_layers(self) -> int:
         """Number of stored layers."""
         return len(set(self.layer_map))
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model attends by chunks at some operating point, and hears a bounded future there."""
+        return max(self.operating_points.chunk) > 0
+
+    @property
+    def frontend_padding(self) -> int:
+        """Zeros before the first sample: they make a streaming model's frame t end with sample hop * (t + 1) - 1."""
+        field, hop = receptive_field(self.conv_layers)
+        return max(0, field - hop) if self.streams else 0
+
+    def frames(self, samples):
+        """Frames that the frontend makes of `samples` (int or Tensor) samples."""
+        return frame_lengths(samples + self.frontend_padding, self.conv_layers)
 
     @property
     def features_dim(self) -> int:
@@ -127,6 +175,9 @@ def encoder_config(
     kv_pools: Tuple[int, ...] = (1,),
     pool_per_layer: bool = False,
     unsqueeze_factor: Optional[int] = None,
+    chunk_frames: Tuple[int, ...] = (),
+    left_context_frames: int = 0,
+    lookahead_frames: int = 0,
     **widths,
 ) -> EncoderConfig:
     """Builds the configuration from the keys that recipes use; raises ValueError that names the key at fault."""
@@ -137,6 +188,7 @@ def encoder_config(
         encoder_layers,
         pool_per_layer,
         attention_map_every,
+        tuple(chunk_frames) or (0,),
     )
     return EncoderConfig(
         conv_layers=parse_conv_layers(conv_feature_layers),
@@ -145,5 +197,56 @@ def encoder_config(
         attention_map_every=attention_map_every,
         operating_points=space,
         unsqueeze_factor=unsqueeze_factor or max(squeeze_factors),
+        left_context=left_context_frames,
+        lookahead=lookahead_frames,
         **widths,
+    )
+
+
+_NORMS = {"default": "group", "layer_norm": "layer"}
+
+
+def encoder_config_from(model: Mapping[str, Any]) -> EncoderConfig:
+    """The network that a complete `model` section of a fairseq checkpoint or recipe describes (ours or stock wav2vec2).
+
+    Keys that the plugin adds may be missing: off. Raises ValueError that names the key for what we do not have
+    (conformer layers, stacked positions, quantised inputs) and for malformed values.
+    """
+    for key, expected in (("layer_type", "transformer"), ("pos_conv_depth", 1), ("quantize_input", False)):
+        found = model.get(key, expected)
+        if str(found) != str(expected):
+            raise ValueError(f"model.{key}: found {found}, expected {expected}: w2v2_light has no other")
+    mode = str(model["extractor_mode"])
+    if mode not in _NORMS:
+        raise ValueError(f"model.extractor_mode: found '{mode}', expected one of {', '.join(_NORMS)}")
+    return encoder_config(
+        conv_feature_layers=model["conv_feature_layers"],
+        extractor_norm=_NORMS[mode],
+        conv_bias=bool(model["conv_bias"]),
+        dim=model["encoder_embed_dim"],
+        ffn_dim=model["encoder_ffn_embed_dim"],
+        heads=model["encoder_attention_heads"],
+        norm_first=bool(model["layer_norm_first"]),
+        activation=str(model["activation_fn"]),
+        conv_pos=model["conv_pos"],
+        conv_pos_groups=model["conv_pos_groups"],
+        encoder_layers=model["encoder_layers"],
+        layer_map=model.get("layer_map", ""),
+        unique_layers=model.get("unique_layers", 0),
+        attention_map_every=model.get("attention_map_every", 1),
+        squeeze_factors=tuple(model.get("squeeze_factors", (1,))),
+        query_pools=tuple(model.get("query_pools", (1,))),
+        kv_pools=tuple(model.get("kv_pools", (1,))),
+        pool_per_layer=bool(model.get("pool_per_layer", False)),
+        unsqueeze_factor=model.get("unsqueeze_factor") or None,
+        unsqueeze_residual=bool(model.get("unsqueeze_residual", True)),
+        squeeze_tail=model.get("squeeze_tail", "keep"),
+        chunk_frames=tuple(model.get("chunk_frames") or ()),
+        left_context_frames=model.get("left_context_frames", 0),
+        lookahead_frames=model.get("lookahead_frames", 0),
+        dropout=model["dropout"],
+        attention_dropout=model["attention_dropout"],
+        activation_dropout=model["activation_dropout"],
+        layerdrop=model["encoder_layerdrop"],
+        checkpoint_activations=bool(model.get("checkpoint_activations", False)),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .attention import KeyValue
+from .chunks import ChunkLayout, ChunkMask
 from .config import EncoderConfig
 from .layer import EncoderLayer, LayerOutput
 from .masks import FrameMask
@@ -41,7 +43,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.pos_conv = ConvPositions(config.dim, config.conv_pos, config.conv_pos_groups)
+        self.pos_conv = ConvPositions(config.dim, config.conv_pos, config.conv_pos_groups, causal=config.streams)
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config.dim,
@@ -83,9 +85,17 @@ class Encoder(nn.Module):
         squeezed_mask = None if mask is None else mask.pooled(point.squeeze, drop_tail)
         if not config.norm_first:
             x = self.layer_norm(x)
-        x = F.dropout(x, config.dropout, self.training)
 
-        x, layers, depths = self._run_layers(x, squeezed_mask, point, last_layer)
+        if point.chunk:
+            sizes = (frames // point.squeeze for frames in (point.chunk, config.left_context, config.lookahead))
+            layout = ChunkLayout(x.size(1), *sizes, device=x.device)
+            x = F.dropout(layout.extend(x), config.dropout, self.training)
+            x, layers, depths = self.run_layers(x, ChunkMask(layout, squeezed_mask), point, last_layer)
+            x = layout.restrict(x)
+            layers = [layer._replace(x=layout.restrict(layer.x), ffn=layout.restrict(layer.ffn)) for layer in layers]
+        else:
+            x = F.dropout(x, config.dropout, self.training)
+            x, layers, depths = self.run_layers(x, squeezed_mask, point, last_layer)
 
         if config.norm_first and last_layer is None:
             x = self.layer_norm(x)
@@ -95,7 +105,18 @@ class Encoder(nn.Module):
                 x = x * _heard_frames(squeezed_mask, point.squeeze, time).to(x.dtype)
         return EncoderOutput(x, layers, depths, squeezed_mask)
 
-    def _run_layers(self, x, mask, point, last_layer):
+    def run_layers(
+        self,
+        x: Tensor,
+        mask,
+        point: OperatingPoint,
+        last_layer: Optional[int] = None,
+        past: Optional[Sequence[KeyValue]] = None,
+    ):
+        """Runs the stack on squeezed frames: (x, one LayerOutput per layer that ran, their depths).
+
+        `mask` and `past` (one KeyValue per depth) are those of `EncoderLayer.forward`.
+        """
         config = self.config
         layers: List[LayerOutput] = []
         depths: List[int] = []
@@ -116,6 +137,7 @@ class Encoder(nn.Module):
                     point.kv_pool(depth),
                     attention_map,
                     shares_map,
+                    None if past is None else past[depth],
                 )
                 layers.append(output)
                 depths.append(depth)

@@ -74,16 +74,26 @@ class ChannelsLastConv1d(nn.Conv1d):
 
     The same parameters and function as nn.Conv1d, (batch, in channel, time) -> (batch, channel, time). No copy on the
     way when the input comes from another one: in a LayerNorm frontend half the time of conv1d and its transposes, a
-    third of it with the gradient (narrow layers).
+    third of it with the gradient (narrow layers). Inference on a CPU is one matrix product.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if self.in_channels == 1:
             return F.linear(x.squeeze(1).unfold(-1, kernel, stride), self.weight.squeeze(1), self.bias).transpose(1, 2)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            windows = x.transpose(1, 2).unfold(1, kernel, stride).transpose(2, 3).flatten(2)
+            return F.linear(windows, self.weight.transpose(1, 2).flatten(1), self.bias).transpose(1, 2)
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         weight = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias, (1, stride)).squeeze(2)
+
+    def pack_(self) -> None:
+        """Reorders the weight in memory, its shape unchanged, so that inference need not; not for training.
+
+        fairseq's half-precision optimizers want contiguous parameters.
+        """
+        self.weight.data = self.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class ConvBlock(nn.Sequential):
@@ -111,14 +121,16 @@ class Frontend(nn.Module):
     """wav2vec 2.0's convolutional feature extractor, with any layer shapes (SEW's WFE-C among them).
 
     norm "group" (stock `extractor_mode: default`): TimeGroupNorm after the first layer; "layer" (`layer_norm`):
-    LayerNorm after every layer. Stock state names `conv_layers.N.0.weight` and so on.
+    LayerNorm after every layer. Stock state names `conv_layers.N.0.weight` and so on. `padding` zeros come before the
+    first sample (streaming models).
     """
 
-    def __init__(self, conv_layers: Sequence[ConvLayer], norm: str = "group", bias: bool = False):
+    def __init__(self, conv_layers: Sequence[ConvLayer], norm: str = "group", bias: bool = False, padding: int = 0):
         super().__init__()
         if norm not in ("group", "layer"):
             raise ValueError(f"extractor norm: found '{norm}', expected 'group' or 'layer'")
         self.shapes: List[ConvLayer] = [tuple(layer) for layer in conv_layers]
+        self.padding = padding
         self.conv_layers = nn.ModuleList()
         in_channels = 1
         for index, layer in enumerate(self.shapes):
@@ -137,13 +149,26 @@ class Frontend(nn.Module):
         `lengths` (batch,) are the valid samples of each row, None when nothing is padded; the second result holds the
         valid frames in the same way. Raises ValueError when an utterance is shorter than one receptive field.
         """
-        field, _ = receptive_field(self.shapes)
+        fewest = receptive_field(self.shapes)[0] - self.padding
         shortest = wave.size(-1) if lengths is None else int(lengths.min())
-        if shortest < field:
+        if shortest < fewest:
             raise ValueError(
-                f"audio of {shortest} samples is too short: the frontend needs at least {field} samples "
-                f"({field / 16:.1f} ms at 16 kHz) to make one frame; drop the utterance or raise task.min_sample_size"
+                f"audio of {shortest} samples is too short: the frontend needs at least {fewest} samples "
+                f"({fewest / 16:.1f} ms at 16 kHz) to make one frame; drop the utterance or raise task.min_sample_size"
             )
+        if self.padding:
+            wave = F.pad(wave, (self.padding, 0))
+            lengths = None if lengths is None else lengths + self.padding
+        return self.convolve(wave, lengths)
+
+    def pack_(self) -> None:
+        """Makes inference faster, see ChannelsLastConv1d.pack_; not for training."""
+        for block in self.conv_layers:
+            if isinstance(block[0], ChannelsLastConv1d):
+                block[0].pack_()
+
+    def convolve(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """As `forward`, of samples that follow on those heard before: without padding and checks."""
         x = wave.unsqueeze(1)
         for block, (_, kernel, stride) in zip(self.conv_layers, self.shapes):
             if lengths is not None:

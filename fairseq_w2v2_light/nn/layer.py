@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 from torch import Tensor, nn
 
 from .activations import get_activation
-from .attention import MultiheadAttention
+from .attention import KeyValue, MultiheadAttention
+from .chunks import ChunkMask
 from .masks import FrameMask
 from .pooling import mean_pool, repeat_frames
 
@@ -18,11 +19,13 @@ class LayerOutput(NamedTuple):
     x: (batch, time, channel), the layer's output.
     ffn: (batch, time, channel), the FFN's output before its residual (fairseq's `layer_result`).
     attention_map: (batch, heads, query time, key time) or None.
+    memory: keys and values of what was attended to, the past included; None without a past.
     """
 
     x: Tensor
     ffn: Tensor
     attention_map: Optional[Tensor]
+    memory: Optional[KeyValue] = None
 
 
 class EncoderLayer(nn.Module):
@@ -60,18 +63,25 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Optional[FrameMask] = None,
+        mask: Union[FrameMask, ChunkMask, None] = None,
         query_pool: int = 1,
         kv_pool: int = 1,
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
+        past: Optional[KeyValue] = None,
     ) -> LayerOutput:
-        """Transforms `x` (batch, time, channel); `mask` marks its valid frames (None: all)."""
+        """Transforms `x` (batch, time, channel).
+
+        `mask` marks its valid frames, and which of them may attend to which (None: all to all). `past` are the keys
+        and values of frames before `x` that it attends to as well.
+        """
         hidden = self.self_attn_layer_norm(x) if self.norm_first else x
-        hidden, attention_map = self.self_attn(
+        memory = self.self_attn.keys_values(mean_pool(hidden, kv_pool, mask), needs_key=attention_map is None)
+        memory = memory if past is None else memory.after(past)
+        hidden, attention_map = self.self_attn.attend(
             mean_pool(hidden, query_pool, mask),
-            mean_pool(hidden, kv_pool, mask),
-            None if mask is None else mask.pooled(kv_pool).attention,
+            memory,
+            None if mask is None else mask.attention(query_pool, kv_pool),
             attention_map,
             return_map,
         )
@@ -84,4 +94,4 @@ class EncoderLayer(nn.Module):
         x = x + self.dropout(ffn)
         if not self.norm_first:
             x = self.final_layer_norm(x)
-        return LayerOutput(x, ffn, attention_map)
+        return LayerOutput(x, ffn, attention_map, None if past is None else memory)

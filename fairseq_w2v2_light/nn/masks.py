@@ -17,7 +17,6 @@ class FrameMask:
     def __init__(self, valid: Tensor):
         self.valid = valid
         self._pooled: Dict[tuple, FrameMask] = {}
-        self._attention: Optional[Tensor] = None
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, time: int) -> Optional[FrameMask]:
@@ -26,12 +25,9 @@ class FrameMask:
             return None
         return cls(torch.arange(time, device=lengths.device) < lengths.unsqueeze(1))
 
-    @property
-    def attention(self) -> Tensor:
-        """(batch, 1, 1, time) bool: True where a key may be attended to."""
-        if self._attention is None:
-            self._attention = self.valid[:, None, None, :]
-        return self._attention
+    def attention(self, query_pool: int = 1, kv_pool: int = 1) -> Tensor:
+        """(batch, 1, 1, pooled time) bool: True where a pooled key may be attended to, by every query."""
+        return self.pooled(kv_pool).valid[:, None, None, :]
 
     def pooled(self, factor: int, drop_tail: bool = False) -> FrameMask:
         """The mask after pooling by `factor`: a pooled frame is valid when any frame of its window is.

@@ -18,15 +18,16 @@ def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tai
     """
     if factor == 1:
         return x
+    valid = None if mask is None else mask.valid
     batch, time, channels = x.shape
     windows = pooled_length(time, factor, drop_tail)
-    if mask is None and windows * factor <= time:
+    if valid is None and windows * factor <= time:
         return x[:, : windows * factor].unflatten(1, (windows, factor)).mean(2)
 
-    if mask is None:
+    if valid is None:
         weights = x.new_ones(1, time, 1)
     else:
-        weights = mask.valid.unsqueeze(-1).to(x.dtype)
+        weights = valid.unsqueeze(-1).to(x.dtype)
         x = x * weights
     end = windows * factor - time
     sums = F.pad(x, (0, 0, 0, end)).unflatten(1, (windows, factor)).sum(2)

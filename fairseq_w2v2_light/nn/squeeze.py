@@ -14,15 +14,21 @@ from .positions import ConvPositions
 
 
 def squeeze(
-    x: Tensor, positions: ConvPositions, factor: int, mask: Optional[FrameMask] = None, drop_tail: bool = False
+    x: Tensor,
+    positions: ConvPositions,
+    factor: int,
+    mask: Optional[FrameMask] = None,
+    drop_tail: bool = False,
+    past: Optional[Tensor] = None,
 ) -> Tensor:
     """Adds positions and reduces the rate: (batch, time, channel) -> (batch, about time / factor, channel).
 
     SEW's squeeze: mean of every `factor` frames plus the strided positional convolution. With factor 1 it is the
-    stock sum of frames and positions. `x` must be 0 on padded frames.
+    stock sum of frames and positions. `x` must be 0 on padded frames. `past` are the frames before `x` that causal
+    positions hear (None: zeros).
     """
     pooled = mean_pool(x, factor, mask, drop_tail)
-    return pooled + positions(x, stride=factor)[:, : pooled.size(1)]
+    return pooled + positions(x, factor, past)[:, : pooled.size(1)]
 
 
 class Unsqueeze(nn.Sequential):

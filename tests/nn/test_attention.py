@@ -48,8 +48,8 @@ def test_masked_keys_change_nothing():
     mask = FrameMask(torch.arange(7)[None] < 5)
     with torch.no_grad():
         expected, expected_map = module(query, key_value[:, :5], return_map=True)
-        fast, _ = module(query, key_value, mask.attention)
-        slow, attention_map = module(query, key_value, mask.attention, return_map=True)
+        fast, _ = module(query, key_value, mask.attention())
+        slow, attention_map = module(query, key_value, mask.attention(), return_map=True)
     torch.testing.assert_close(fast, expected)
     torch.testing.assert_close(slow, expected)
     torch.testing.assert_close(attention_map[..., :5], expected_map)
