@@ -11,9 +11,16 @@ from fairseq.models import register_model
 from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig, Wav2VecCtc, Wav2VecEncoder
 from omegaconf import II, OmegaConf, open_dict
 
-from .checkpoint import EncoderCheckpoint, checkpoint_reader, load_encoder, require_finite_weights, update_model
+from .checkpoint import (
+    EncoderCheckpoint,
+    checkpoint_reader,
+    load_encoder,
+    make_causal,
+    require_finite_weights,
+    update_model,
+)
 from .recipe import read_recipe
-from .w2v2_light import PRETRAINING_HEADS
+from .w2v2_light import PRETRAINING_HEADS, STREAMING_KEYS, require_streamable_audio
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +58,21 @@ class LightCtcConfig(Wav2Vec2CtcConfig):
         default=None,
         metadata={"help": "key-value pooling factors to draw from while fine-tuning; null: as pre-trained"},
     )
+    chunk_frames: Optional[List[int]] = field(
+        default=None,
+        metadata={
+            "help": "streaming: frames (of 20 ms) that the model hears at a time, several: drawn per update (0: the "
+            "whole utterance); null: as pre-trained. An offline checkpoint gets causal positions"
+        },
+    )
+    left_context_frames: Optional[int] = field(
+        default=None,
+        metadata={"help": "streaming: frames before its chunk that a frame attends to; null: as pre-trained"},
+    )
+    lookahead_frames: Optional[int] = field(
+        default=None,
+        metadata={"help": "streaming: frames after its chunk that a frame attends to; null: as pre-trained"},
+    )
     operating_point_seed: int = field(
         default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}
     )
@@ -82,8 +104,11 @@ class LightCtcEncoder(Wav2VecEncoder):
         start = None
         if cfg.w2v_args is None:
             start = self._start(cfg)
+            streamed = _streams(start)
             update_model(start.cfg, _changes(cfg, start))
             self._check_normalize(cfg, start)
+            if start.model is not None and streamed != _streams(start):
+                _make_causal(start)
             if start.model is None:
                 with open_dict(cfg):
                     cfg.no_pretrained_weights = True
@@ -133,12 +158,14 @@ class LightCtcEncoder(Wav2VecEncoder):
     @staticmethod
     def _check_normalize(cfg, start: EncoderCheckpoint) -> None:
         trained = bool(start.cfg.task.get("normalize", False))
-        if bool(cfg.normalize) != trained:
-            says = "the recipe has" if start.model is None else "the encoder was pre-trained with"
+        if start.model is None:  # random weights know no scale
+            start.cfg.task.normalize = bool(cfg.normalize)
+        elif bool(cfg.normalize) != trained:
             raise ValueError(
-                f"task.normalize: found {bool(cfg.normalize)}, but {says} {trained}; "
+                f"task.normalize: found {bool(cfg.normalize)}, but the encoder was pre-trained with {trained}; "
                 f"set task.normalize={str(trained).lower()}"
             )
+        require_streamable_audio(start.cfg.model, bool(cfg.normalize))
 
     def _restore_pretraining_heads(self, start: Optional[EncoderCheckpoint]) -> None:
         """Puts back what stock's constructor took away, with the weights of `start` where it has them."""
@@ -165,6 +192,25 @@ class LightCtcEncoder(Wav2VecEncoder):
         logger.info("the CTC projection was copied from the checkpoint")
 
 
+def _streams(start: EncoderCheckpoint) -> bool:
+    return any(start.cfg.model.chunk_frames)
+
+
+def _make_causal(start: EncoderCheckpoint) -> None:
+    """Makes an offline checkpoint causal for a model that streams; there is no way back."""
+    if not _streams(start):
+        raise ValueError(
+            "model.chunk_frames: found no chunk, but the checkpoint is a streaming model, whose causal positions "
+            "cannot become centred ones; start from an offline checkpoint, or add 0 (the whole utterance) to its chunks"
+        )
+    kernel = start.cfg.model.conv_pos
+    make_causal(start)
+    logger.info(
+        f"streaming: the positions' {kernel} taps became {start.cfg.model.conv_pos} causal ones (those of the future "
+        "were added to the present frame's)"
+    )
+
+
 def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
     """The model keys that fine-tuning sets anew."""
     model = start.cfg.model
@@ -173,10 +219,10 @@ def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
     }
     if start.model is not None:  # the weights there are
         changes["unsqueeze_factor"] = model.unsqueeze_factor or max(model.squeeze_factors)
-    for key in ("squeeze_factors", "query_pools", "kv_pools"):
+    for key in STREAMING_KEYS + ("squeeze_factors", "query_pools", "kv_pools"):
         value = getattr(cfg, key, None)
         if value is not None:
-            changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else list(value)
+            changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if cfg.operating_point:
         changes["operating_point"] = cfg.operating_point
     return changes

@@ -8,17 +8,18 @@ import torch
 from fairseq.models import register_model
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from fairseq.modules import GradMultiply, GumbelVectorQuantizer
-from omegaconf import II
+from omegaconf import II, OmegaConf
 from torch import nn
 
 from ..nn.backbone import Backbone
-from ..nn.config import EncoderConfig, encoder_config
+from ..nn.config import EncoderConfig, encoder_config_from
 from ..nn.heads import ProjectionMLP
 from ..nn.masks import FrameMask
 from ..nn.operating_point import OperatingPoint
 from .masking import span_mask, training_randomness
 
 STOCHASTIC = "stochastic"
+STREAMING_KEYS = ("chunk_frames", "left_context_frames", "lookahead_frames")
 # parts of the model that fine-tuning takes away
 PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
 WFE_C = (
@@ -78,6 +79,19 @@ class W2V2LightConfig(Wav2Vec2Config):
         default="keep",
         metadata={"help": "a last squeeze window that is not full: 'keep' pools its frames, 'drop' zeroes them (SEW)"},
     )
+    chunk_frames: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "streaming: frames (of 20 ms) that the model hears at a time; [24]: always as many, several: drawn "
+            "per update (0: the whole utterance); empty: no streaming"
+        },
+    )
+    left_context_frames: int = field(
+        default=300, metadata={"help": "streaming: frames before its chunk that a frame attends to"}
+    )
+    lookahead_frames: int = field(
+        default=0, metadata={"help": "streaming: frames after its chunk that a frame attends to"}
+    )
     projection: str = field(
         default="linear", metadata={"help": "pre-training heads: 'linear' (stock) or 'mlp' (SEW, with BatchNorm)"}
     )
@@ -87,41 +101,10 @@ class W2V2LightConfig(Wav2Vec2Config):
 def network_config(cfg: W2V2LightConfig) -> EncoderConfig:
     """The plain-torch configuration of a fairseq model configuration.
 
-    Raises ValueError that names the key for what `w2v2_light` does not have (conformer layers, stacked positions,
-    quantised inputs) and for malformed values.
+    Raises ValueError that names the key for what `w2v2_light` does not have and for malformed values.
     """
-    for key, expected in (("layer_type", "transformer"), ("pos_conv_depth", 1), ("quantize_input", False)):
-        found = getattr(cfg, key, expected)
-        if str(found) != str(expected):
-            raise ValueError(f"model.{key}: found {found}, expected {expected}: w2v2_light has no other")
-    return encoder_config(
-        conv_feature_layers=cfg.conv_feature_layers,
-        extractor_norm={"default": "group", "layer_norm": "layer"}[str(cfg.extractor_mode)],
-        conv_bias=bool(cfg.conv_bias),
-        dim=cfg.encoder_embed_dim,
-        ffn_dim=cfg.encoder_ffn_embed_dim,
-        heads=cfg.encoder_attention_heads,
-        norm_first=bool(cfg.layer_norm_first),
-        activation=str(cfg.activation_fn),
-        conv_pos=cfg.conv_pos,
-        conv_pos_groups=cfg.conv_pos_groups,
-        encoder_layers=cfg.encoder_layers,
-        layer_map=cfg.layer_map,
-        unique_layers=cfg.unique_layers,
-        attention_map_every=cfg.attention_map_every,
-        squeeze_factors=tuple(cfg.squeeze_factors),
-        query_pools=tuple(cfg.query_pools),
-        kv_pools=tuple(cfg.kv_pools),
-        pool_per_layer=bool(cfg.pool_per_layer),
-        unsqueeze_factor=cfg.unsqueeze_factor or None,
-        unsqueeze_residual=bool(cfg.unsqueeze_residual),
-        squeeze_tail=cfg.squeeze_tail,
-        dropout=cfg.dropout,
-        attention_dropout=cfg.attention_dropout,
-        activation_dropout=cfg.activation_dropout,
-        layerdrop=cfg.encoder_layerdrop,
-        checkpoint_activations=bool(cfg.checkpoint_activations),
-    )
+    keys = OmegaConf.to_container(cfg, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
+    return encoder_config_from(keys)
 
 
 @register_model("w2v2_light", dataclass=W2V2LightConfig)
@@ -148,6 +131,8 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
     @classmethod
     def build_model(cls, cfg: W2V2LightConfig, task=None):
         """Builds the model, and tells `task` its network, which criterions may ask for."""
+        if task is not None:
+            require_streamable_audio(cfg, bool(getattr(task.cfg, "normalize", False)))
         model = cls(cfg)
         if task is not None:
             task.encoder_config = model.config
@@ -449,6 +434,18 @@ class StochasticSEWConfig(W2V2LightConfig):
 @register_model("stochastic_sew", dataclass=StochasticSEWConfig)
 class StochasticSEWModel(W2V2LightModel):
     """The same model with SEW's frontend, positions and heads, and stochastic operating points, as defaults."""
+
+
+def require_streamable_audio(model, normalize: bool) -> None:
+    """Raises ValueError when a `model` section that asks for streaming comes with utterance-wise normalised audio."""
+    chunks = list(getattr(model, "chunk_frames", None) or [])
+    if normalize and any(chunks):
+        raise ValueError(
+            "task.normalize: found true, mean and variance of the whole utterance, but model.chunk_frames="
+            f"{chunks} asks for a streaming model, which cannot wait for its end; set "
+            "task.normalize=false (`w2v2-light student` turns a checkpoint that was trained with true into one "
+            "without: --input-level)"
+        )
 
 
 def _require_finite(source) -> None:
