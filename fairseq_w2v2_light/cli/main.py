@@ -24,6 +24,7 @@ VERBS = {
     "student": ("student", "make a small model with layers of a large one, to distil into"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
+    "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }
 

@@ -1,15 +1,16 @@
 """CTC decoding: greedy and prefix beam search over log-probabilities, without fairseq."""
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROOT = 0
+from .beam import Beam, PrefixSearch
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,15 @@ def prefix_beam_search(
     of at least `min_log_prob`; None switches either pruning off. Scores are exact whatever the pruning: each returned
     labelling is scored again over all its alignments, and the list sorted by that.
     """
-    if beam < 1:
-        raise ValueError(f"beam is {beam}; expected at least 1")
+    search = PrefixSearch(blank, beam, max_symbols, min_log_prob)
     if not 1 <= nbest <= beam:
         raise ValueError(f"nbest is {nbest}; expected 1 to beam={beam}")
-    if max_symbols is not None and max_symbols < 1:
-        raise ValueError(f"max_symbols is {max_symbols}; expected at least 1, or None for no pruning")
     lengths = _check(log_probs, lengths, blank)
     results = []
     for utterance, length in zip(log_probs, lengths):
         utterance = utterance[:length].detach().double().cpu()
-        labellings = _search(utterance.numpy(), blank, beam, max_symbols, min_log_prob)[:nbest]
+        found = functools.reduce(search.step, utterance.numpy(), Beam.start())
+        labellings = found.labellings()[:nbest]
         scores = labelling_log_probs(utterance, labellings, blank)
         hypotheses = [
             Hypothesis(tokens, score, best_alignment(utterance, tokens, blank))
@@ -153,79 +152,3 @@ def _check(log_probs: Tensor, lengths: Optional[Tensor], blank: int) -> List[int
     if bool(torch.isnan(log_probs).any()):
         raise ValueError("log_probs has NaN values: the model, or its input, is broken")
     return lengths.tolist()
-
-
-def _search(
-    log_probs: np.ndarray, blank: int, beam: int, max_symbols: Optional[int], min_log_prob: Optional[float]
-) -> List[Tuple[int, ...]]:
-    """Labellings of one utterance (time, symbols), most probable first.
-
-    A prefix is a node of a tree, so that a prefix which leaves the beam and comes back is the same node.
-    `ends_blank` and `ends_token` are the log-probabilities of its alignments so far by their last symbol.
-    """
-    children: Dict[Tuple[int, int], int] = {}
-    parents, last_tokens = [-1], [blank]
-    nodes = np.array([_ROOT])
-    ends_blank, ends_token = np.zeros(1), np.full(1, -np.inf)
-
-    for frame in log_probs:
-        symbols = _extensions(frame, blank, max_symbols, min_log_prob)
-        last = np.array([last_tokens[node] for node in nodes])
-        parent = np.array([parents[node] for node in nodes])
-        total = np.logaddexp(ends_blank, ends_token)
-
-        stays_blank = total + frame[blank]
-        stays_token = np.where(nodes == _ROOT, -np.inf, ends_token + frame[last])
-        # A repeated token is a new one only where a blank came between.
-        extended = np.where(symbols == last[:, None], ends_blank[:, None], total[:, None]) + frame[symbols]
-
-        # A prefix that extends to one already in the beam joins it.
-        child, ancestor = np.nonzero(parent[:, None] == nodes[None, :])
-        for c, a in zip(child, ancestor):
-            (column,) = np.nonzero(symbols == last[c])
-            if len(column):
-                stays_token[c] = np.logaddexp(stays_token[c], extended[a, column[0]])
-                extended[a, column[0]] = -np.inf
-
-        candidates = np.concatenate([np.logaddexp(stays_blank, stays_token), extended.ravel()])
-        chosen = _largest(candidates, min(beam, len(candidates)))
-        possible = chosen[candidates[chosen] > -np.inf]
-        chosen = possible if len(possible) else chosen[:1]
-
-        stayed = chosen[chosen < len(nodes)]
-        grown = chosen[chosen >= len(nodes)] - len(nodes)
-        new_nodes = []
-        for row, column in zip(*np.divmod(grown, max(1, len(symbols)))):
-            key = (int(nodes[row]), int(symbols[column]))
-            if key not in children:
-                children[key] = len(parents)
-                parents.append(key[0])
-                last_tokens.append(key[1])
-            new_nodes.append(children[key])
-        nodes = np.concatenate([nodes[stayed], np.array(new_nodes, dtype=nodes.dtype)])
-        ends_blank = np.concatenate([stays_blank[stayed], np.full(len(grown), -np.inf)])
-        ends_token = np.concatenate([stays_token[stayed], extended.ravel()[grown]])
-
-    order = np.argsort(-np.logaddexp(ends_blank, ends_token), kind="stable")
-    return [_spell(int(node), parents, last_tokens) for node in nodes[order]]
-
-
-def _extensions(frame: np.ndarray, blank: int, max_symbols: Optional[int], min_log_prob: Optional[float]) -> np.ndarray:
-    symbols = np.delete(np.arange(len(frame)), blank)
-    if min_log_prob is not None:
-        symbols = symbols[frame[symbols] >= min_log_prob]
-    if max_symbols is not None and len(symbols) > max_symbols:
-        symbols = symbols[_largest(frame[symbols], max_symbols)]
-    return symbols
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    return np.argpartition(values, len(values) - count)[-count:]
-
-
-def _spell(node: int, parents: List[int], last_tokens: List[int]) -> Tuple[int, ...]:
-    tokens = []
-    while node != _ROOT:
-        tokens.append(last_tokens[node])
-        node = parents[node]
-    return tuple(reversed(tokens))

@@ -1,0 +1,222 @@
+"""Audio as it arrives: blocks of mono float32 samples from a file or from a stream of raw PCM, in bounded memory.
+
+How the audio is cut into blocks changes no sample. Where the rate differs from the one asked for, the audio is
+resampled as a stream by the package soxr; without it that is an error.
+"""
+
+import logging
+import math
+import select
+import time
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterable, Iterator, Union
+
+import numpy as np
+import soundfile
+
+_BYTES_PER_SAMPLE = 2
+_FULL_SCALE = 32768
+_LARGEST_READ = 1 << 20
+# Raw samples start with one of these by an accident of 1 in 2**32 at most.
+_HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
+
+_log = logging.getLogger(__name__)
+
+
+class Pace:
+    """The clock of a recording that is being spoken: when each of its samples would have been heard.
+
+    The first call starts it. clock: returns seconds. sleep: waits that many seconds.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._sample_rate, self._clock, self._sleep = sample_rate, clock, sleep
+        self._start = None
+
+    def since(self, samples: int) -> float:
+        """Seconds since the first `samples` samples had been spoken; negative where they have not been yet."""
+        now = self._clock()
+        self._start = now if self._start is None else self._start
+        return now - self._start - samples / self._sample_rate
+
+    def hold_back(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields each block no earlier than its last sample is spoken; never waits for one that is late."""
+        heard = 0
+        self.since(heard)
+        for block in blocks:
+            heard += len(block)
+            early = -self.since(heard)
+            if early > 0:
+                self._sleep(early)
+            yield block
+
+
+def check_audio(path: Union[str, Path]) -> None:
+    """Raises FileNotFoundError or ValueError unless `path` is a file that libsndfile opens; reads its header only."""
+    # a named pipe can be opened once only
+    if not Path(path).is_fifo():
+        _open(path).close()
+
+
+def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int) -> Iterator[np.ndarray]:
+    """Reads an audio file of any format, rate and number of channels that libsndfile knows, block by block.
+
+    Returns an iterator over (time,) float32 at `sample_rate` Hz: channels averaged, 16-bit samples divided by 32768,
+    `block_seconds` a block (the last is shorter; resampled ones vary). Raises FileNotFoundError, and ValueError for
+    what is not audio and for another rate where soxr is missing, both at once; ValueError while reading for samples
+    that are NaN or infinite or cannot be decoded.
+    """
+    block = block_length(block_seconds, sample_rate)
+    file = _open(path)
+    try:
+        if file.samplerate != sample_rate:
+            block = block_length(block_seconds, file.samplerate)
+        return resampled_blocks(_file_blocks(file, path, block), file.samplerate, sample_rate, str(path))
+    except ValueError:
+        file.close()
+        raise
+
+
+def pcm_blocks(
+    stream: BinaryIO,
+    block_samples: int,
+    sample_rate: int,
+    stream_rate: int = 0,
+    name: str = "standard input",
+    note: Callable[[str], None] = _log.warning,
+) -> Iterator[np.ndarray]:
+    """Reads raw 16-bit little-endian mono PCM from a binary stream: what is there, without waiting for a full block.
+
+    Returns an iterator over (time,) float32 at `sample_rate` Hz, the integers divided by 32768, at most
+    `block_samples` of them read at once. stream_rate: Hz of the stream (0: `sample_rate`). A sample's second byte may
+    come with the next read; an odd byte at the end is dropped, which `note` is told. Raises ValueError for a stream
+    that starts with the header of an audio file, and as `resampled_blocks` does.
+    """
+    if block_samples < 1:
+        raise ValueError(f"block_samples is {block_samples}; expected 1 or more")
+    blocks = _decode_pcm(_available(stream, block_samples * _BYTES_PER_SAMPLE), name, note)
+    return resampled_blocks(blocks, stream_rate or sample_rate, sample_rate, name)
+
+
+def resampled_blocks(
+    blocks: Iterable[np.ndarray], rate: int, new_rate: int, name: str = "audio"
+) -> Iterator[np.ndarray]:
+    """Resamples a stream of (time,) float32 blocks with soxr's stateful resampler; equal rates pass unchanged.
+
+    Raises ValueError at once where soxr is needed and not installed. name: of the audio, for that message.
+    """
+    if rate == new_rate:
+        return iter(blocks)
+    if rate < 1:
+        raise ValueError(f"{name}: found a sample rate of {rate} Hz, expected a positive one")
+    try:
+        import soxr
+    except ImportError:
+        raise ValueError(
+            f"{name}: found a sample rate of {rate} Hz, expected {new_rate} Hz; `pip install soxr` to have it resampled"
+        ) from None
+    return _resample(blocks, soxr.ResampleStream(rate, new_rate, 1, dtype="float32"))
+
+
+def block_length(seconds: float, sample_rate: int) -> int:
+    """Samples of a block of that many seconds: 1 or more. Raises ValueError unless `seconds` is positive and finite."""
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"found a block of {seconds:g} seconds, expected a positive, finite number")
+    return max(1, round(seconds * sample_rate))
+
+
+def _open(path: Union[str, Path]) -> soundfile.SoundFile:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such audio file")
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: found a folder, expected an audio file")
+    try:
+        return soundfile.SoundFile(str(path))
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        reason = str(getattr(error, "error_string", error)).rstrip(".")
+        raise ValueError(
+            f"{path}: not audio that libsndfile can read ({reason}); expected WAV, FLAC, Ogg, MP3 or the like "
+            "(raw PCM is read from standard input)"
+        ) from None
+
+
+def _file_blocks(file: soundfile.SoundFile, path: Union[str, Path], block: int) -> Iterator[np.ndarray]:
+    with file:
+        read = 0
+        while True:
+            try:
+                samples = file.read(block, dtype="float32", always_2d=True)
+            except (soundfile.SoundFileError, RuntimeError) as error:
+                raise ValueError(f"{path}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
+            if not len(samples):
+                return
+            bad = np.flatnonzero(~np.isfinite(samples).all(axis=1))
+            if len(bad):
+                second = (read + bad[0]) / file.samplerate
+                raise ValueError(f"{path}: found a NaN or infinite sample at {second:.3f} s, expected finite samples")
+            read += len(samples)
+            # channel by channel: numpy adds up a row in an order that depends on the size of the block
+            yield sum(samples.T) / np.float32(samples.shape[1])
+
+
+def _available(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yields what the stream has, up to `size` bytes at once, until it ends."""
+    # of a buffered stream only read1 returns before `size` bytes have come
+    read = getattr(stream, "read1", stream.read)
+    while True:
+        data = read(min(size, _LARGEST_READ))
+        if data is None:  # non-blocking, as another program may have left standard input, and nothing there
+            select.select([stream], [], [])
+        elif data:
+            yield data
+        else:
+            return
+
+
+def _decode_pcm(reads: Iterable[bytes], name: str, note: Callable[[str], None]) -> Iterator[np.ndarray]:
+    rest, checked = b"", False
+    for data in reads:
+        data = rest + data
+        if not checked:
+            rest = data
+            if len(data) < 4:
+                continue
+            checked = _check_raw(data[:4], name)
+        whole = len(data) - len(data) % _BYTES_PER_SAMPLE
+        rest = data[whole:]
+        if whole:
+            yield _pcm_to_float(data[:whole])
+    whole = len(rest) - len(rest) % _BYTES_PER_SAMPLE
+    if whole:
+        yield _pcm_to_float(rest[:whole])
+    if len(rest) > whole:
+        note(f"{name}: dropped the last byte, half of a 16-bit sample")
+
+
+def _pcm_to_float(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(_FULL_SCALE)
+
+
+def _check_raw(start: bytes, name: str) -> bool:
+    """Raises ValueError where a stream starts as an audio file does, and returns True otherwise."""
+    if start in _HEADERS:
+        raise ValueError(
+            f"{name}: found the header of a {_HEADERS[start]} file, expected raw 16-bit PCM; name the file instead, "
+            "or have the recorder write raw samples (`arecord -t raw`)"
+        )
+    return True
+
+
+def _resample(blocks: Iterable[np.ndarray], resampler) -> Iterator[np.ndarray]:
+    for block in blocks:
+        resampled = resampler.resample_chunk(block)
+        if len(resampled):
+            yield resampled
+    resampled = resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+    if len(resampled):
+        yield resampled
