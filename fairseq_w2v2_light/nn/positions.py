@@ -73,17 +73,25 @@ def causal_kernel(kernel: int) -> int:
     return kernel // 2 + 1
 
 
-def causal_weights(weight_g: Tensor, weight_v: Tensor) -> Tuple[Tensor, Tensor]:
+# how much of a frame the one before it predicts, 20 ms earlier
+FRAME_CORRELATION = 0.7
+
+
+def causal_weights(weight_g: Tensor, weight_v: Tensor, correlation: float = FRAME_CORRELATION) -> Tuple[Tensor, Tensor]:
     """Weight norm's (g, v) of centred positions turned into those of causal ones: a documented approximation.
 
-    (1, 1, kernel), (channel, channel / groups, kernel) -> the same with kernel // 2 + 1 taps. Taps of the past and
-    the present stay as they are; the taps that would hear the future are added to the present frame's, as if that
-    frame went on for ever. So a signal that does not change gets the same positions as before, exactly, and any
-    signal whose future resembles its present nearly so. Our design: no paper says what becomes of the positions.
+    (1, 1, kernel), (channel, channel / groups, kernel) -> the same with kernel // 2 + 1 taps. Taps of the past and the
+    present stay as they are. The frame k ahead is not heard; its best guess by a first-order autoregression is
+    `correlation` ** k times the present frame, so its tap, scaled by that, is added to the present frame's. 0 drops the
+    future (truncation), 1 takes the present frame to last for ever. Our design: no paper says what becomes of the
+    positions. On connected digits, before any training, whole-utterance attention: 48 % WER with 0.7, 58 % with 0,
+    74 % with 1, from 5.1 % with centred positions; training mends the rest.
     """
     weight_v = weight_v.double()
     weight = weight_v * (weight_g.double() / torch.linalg.vector_norm(weight_v, dim=(0, 1), keepdim=True))
     present = weight.size(-1) // 2
-    weight = torch.cat([weight[..., :present], weight[..., present:].sum(-1, keepdim=True)], dim=-1)
+    ahead = torch.arange(weight.size(-1) - present, dtype=weight.dtype, device=weight.device)
+    guess = (weight[..., present:] * correlation**ahead).sum(-1, keepdim=True)
+    weight = torch.cat([weight[..., :present], guess], dim=-1)
     norm = torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
     return norm.to(weight_g.dtype), weight.to(weight_g.dtype)
