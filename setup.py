@@ -35,6 +35,7 @@ def long_description() -> str:
 PLOT = ["matplotlib"]
 SYNTH = ["espeakng-loader"]
 EXPORT = ["safetensors"]
+RESAMPLE = ["soxr"]
 
 setup(
     name="fairseq-w2v2-light",
@@ -62,7 +63,8 @@ setup(
         "synth": SYNTH,
         "demo": SYNTH + PLOT,
         "export": EXPORT,
-        "test": ["pytest", "ruff"] + SYNTH + PLOT + EXPORT,
+        "resample": RESAMPLE,
+        "test": ["pytest", "ruff"] + SYNTH + PLOT + EXPORT + RESAMPLE,
     },
     entry_points={"console_scripts": [f"w2v2-light = {PACKAGE}.cli.main:main"]},
     classifiers=[

@@ -9,30 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tiny_checkpoints import LAYOUTS, SHAPE, container, ctc_model, letters, save_checkpoint, save_ctc
+
+from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 
 ROOT = Path(__file__).resolve().parents[1]
+STRIDE_320 = "[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2"
 pytest.importorskip("espeakng_loader", reason="pip install espeakng-loader to run the demo's speech synthesis")
 pytest.importorskip("matplotlib", reason="pip install matplotlib to draw the plot")
 
 
 def test_demo_trains_decodes_and_compares(tmp_path):
-    command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--out", str(tmp_path / "demo")]
-    command += ["--utterances", "12", "4", "4", "--pretrain-updates", "2", "--finetune-updates", "2"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-
+    arguments = ["--utterances", "12", "4", "4", "--pretrain-updates", "2", "--finetune-updates", "2"]
+    output = run_example("demo", "--out", str(tmp_path / "demo"), *arguments)
     rows = json.loads((tmp_path / "demo/tradeoff.json").read_text())
     assert [row["operating_point"] for row in rows] == ["s1q1k1", "s1q2k2", "s2q1k2", "s3q2k2"]
     macs = [row["macs"] for row in rows]
     assert macs == sorted(macs, reverse=True) and len(set(macs)) == 4
     assert all(row["parameters"] < 1_000_000 and row["real_time_factor"] > 0 for row in rows)
     assert (tmp_path / "demo/tradeoff.png").read_bytes().startswith(b"\x89PNG")
-    assert "| shared, stochastic | s2q1k2 |" in result.stdout
+    assert "| shared, stochastic | s2q1k2 |" in output
 
 
-def test_distill_compares_its_ways(tmp_path):
-    """On noise, from a teacher that it trains first."""
+@pytest.fixture
+def noise(tmp_path):
+    """A manifest folder of six seconds of noise in each split, with letter labels."""
     data = tmp_path / "data"
     data.mkdir()
     wave = np.random.RandomState(0).randn(6, 16000) * 0.1
@@ -42,13 +43,47 @@ def test_distill_compares_its_ways(tmp_path):
         (data / f"{split}.tsv").write_text(".\n" + "".join(f"{index}.wav\t16000\n" for index in range(6)))
         (data / f"{split}.ltr").write_text("A B | A |\n" * 6)
     (data / "dict.ltr.txt").write_text("| 2\nA 2\nB 1\n")
-    command = [sys.executable, str(ROOT / "examples/distill/run.py"), str(data), "--out", str(tmp_path / "out")]
-    command += ["--updates", "2", "--teacher-updates", "2", "2", "--seeds", "1"]
-    command += ["--ways", "from scratch (CTC)", "CTC + hidden MSE + LF-MMI"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return data
+
+
+def test_distill_compares_its_ways(tmp_path, noise):
+    """From a teacher that it trains first."""
+    arguments = ["--updates", "2", "--teacher-updates", "2", "2", "--seeds", "1"]
+    arguments += ["--ways", "from scratch (CTC)", "CTC + hidden MSE + LF-MMI"]
+    output = run_example("distill", str(noise), "--out", str(tmp_path / "out"), *arguments)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results) == {"from scratch (CTC)", "CTC + hidden MSE + LF-MMI"}
     assert all(set(wers) == {"valid", "test"} for seeds in results.values() for wers in seeds.values())
-    assert "| CTC + hidden MSE + LF-MMI |" in result.stdout
+    assert "| CTC + hidden MSE + LF-MMI |" in output
+
+
+def test_streaming_compares_its_students(tmp_path, noise):
+    out = tmp_path / "out"
+    arguments = [str(noise), "--teacher", tiny_teacher(tmp_path, noise), "--out", str(out), "--updates", "2", "2"]
+    output = run_example("streaming", *arguments, "--chunks", "8+4", "--ways", "distilled")
+    results = json.loads((out / "results.json").read_text())
+    latencies = {name: row["latency_ms"] for name, row in results.items()}
+    assert latencies == {"offline student": None, "240 ms (8+4 frames), distilled": 240.0}
+    assert all(row[split]["words"] == 12 for row in results.values() for split in ("valid", "test"))
+    assert (out / "results.md").read_text().splitlines()[2].startswith("| offline student | whole utterance |")
+    assert "9 to 23.4 % at 480 ms" in output
+
+
+def run_example(name, *arguments):
+    """Runs examples/NAME/run.py; returns what it printed."""
+    command = [sys.executable, str(ROOT / "examples" / name / "run.py"), *arguments]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def tiny_teacher(folder, data):
+    """A CTC checkpoint of random weights and four layers, for audio of zero mean and unit variance."""
+    config = W2V2LightConfig(**{**SHAPE, **LAYOUTS["base"], "encoder_layers": 4, "conv_feature_layers": STRIDE_320})
+    state = W2V2LightModel(config).state_dict()
+    normalize = {"normalize": True}
+    start = save_checkpoint(folder / "pretrained.pt", container(config, "w2v2_light"), state, normalize)
+    labels = letters("|AB")
+    task = {"_name": "audio_finetuning", "data": str(data), "labels": "ltr", **normalize}
+    return save_ctc(folder / "teacher.pt", ctc_model(start, dictionary=labels, **normalize), task, labels)

@@ -26,6 +26,7 @@ from fairseq_w2v2_light.cli import student
 from fairseq_w2v2_light.compress.student import parse_layers, student_config
 from fairseq_w2v2_light.models import network_config
 from fairseq_w2v2_light.models.recipe import load_recipe, read_recipe
+from fairseq_w2v2_light.nn.positions import causal_kernel
 from fairseq_w2v2_light.paths import config_dir
 
 try:
@@ -95,6 +96,8 @@ SCALED_ENCODER = [
     "model.squeeze_factors=[1,2]",
     "model.projection_hidden_dim=32",
 ]
+# what distinguishes LARGE as it was trained on LV-60k from LARGE of LibriSpeech
+LV_60K = {"extractor_mode": "layer_norm", "conv_bias": True, "layer_norm_first": True}
 
 
 @functools.lru_cache(maxsize=None)
@@ -149,6 +152,7 @@ def test_the_recipes_are_there():
     assert {f"pretraining/{name}.yaml" for name in sizes} <= set(PRETRAINING)
     assert {f"finetuning/{hours}.yaml" for hours in ("10m", "1h", "10h", "100h")} <= set(FINETUNING)
     students = {"bigfoot_12", "bigfoot_4", "light_student", "tiny", *(f"distillw2v2_s{row}" for row in range(1, 6))}
+    students |= {f"streaming_{latency}" for latency in ("240ms", "480ms", "960ms", "dynamic", "tiny")}
     assert {f"distillation/{name}.yaml" for name in students} <= set(DISTILLATION)
 
 
@@ -223,7 +227,9 @@ def test_finetuning_recipe_takes_plain_overrides(recipe):
     assert cfg.task._name == "audio_ctc" and cfg.task.labels == "spm"
 
 
-@pytest.mark.parametrize("recipe", [f"distillation/{name}.yaml" for name in ("bigfoot_4", "distillw2v2_s3", "tiny")])
+@pytest.mark.parametrize(
+    "recipe", [f"distillation/{name}.yaml" for name in ("bigfoot_4", "distillw2v2_s3", "tiny", "streaming_480ms")]
+)
 def test_distillation_recipe_takes_plain_overrides(recipe):
     cfg = load(
         recipe,
@@ -243,6 +249,9 @@ def test_distillation_recipe_takes_plain_overrides(recipe):
         "criterion.denominator=/tmp/graph.npz",
         "criterion.ctc_weight=0.5",
         "model.w2v_path=/tmp/student.pt",
+        "model.chunk_frames=[12,24]",
+        "model.left_context_frames=120",
+        "model.lookahead_frames=6",
         "model.operating_point=s2q1k2",
         "model.recipe_overrides.encoder_layers=2",
         "model.apply_mask=true",
@@ -255,6 +264,7 @@ def test_distillation_recipe_takes_plain_overrides(recipe):
         0.5,
     )
     assert cfg.model.recipe_overrides.encoder_layers == 2 and cfg.model.w2v_path == "/tmp/student.pt"
+    assert list(cfg.model.chunk_frames) == [12, 24] and cfg.model.left_context_frames == 120
 
 
 @pytest.mark.parametrize("recipe", [f"distillation/{name}.yaml" for name in ("bigfoot_4", "light_student", "tiny")])
@@ -280,8 +290,14 @@ def test_the_command_in_a_distillation_recipe_makes_the_student_that_it_describe
     text = (config_dir() / recipe).read_text(encoding="utf-8").replace("\\\n#", "")
     commands = [shlex.split(line)[1:] for line in re.findall(r"(?m)^# +w2v2-light (student .*)$", text)]
     large = {"encoder_layers": 24, "unique_layers": 24, "attention_map_every": 1}
+    described = load_recipe(recipe[: -len(".yaml")]).model
+    streams = described.chunk_frames is not None
+    if streams:  # only models with these can
+        large = {**large, **LV_60K}
     model = read_recipe("pretraining/w2v2_light_tiny" if "tiny" in recipe else "pretraining/w2v2_light_large", {})
     model = model.model if "tiny" in recipe else OmegaConf.merge(model.model, large)
+    if recipe.endswith("streaming_tiny.yaml"):  # any teacher of tiny shape; the one that the recipe describes
+        model = OmegaConf.merge(model, described.recipe_overrides, {"conv_pos": 32})
     commands = commands[:1] if "bigfoot_12" in recipe else commands
     parser = argparse.ArgumentParser()
     student.add_arguments(parser)
@@ -289,7 +305,8 @@ def test_the_command_in_a_distillation_recipe_makes_the_student_that_it_describe
         spec = student.student_spec(parser.parse_intermixed_args(command))
         chosen = parse_layers(spec.layers, model.encoder_layers) if spec.layers else ()
         model = student_config(model, chosen, spec)
-    described = load_recipe(recipe[: -len(".yaml")]).model
+    if streams:  # what stage 2 makes of the positions
+        model.conv_pos = causal_kernel(model.conv_pos)
     assert network_config(model) == network_config(read_recipe(described.recipe, described.recipe_overrides).model)
 
 
@@ -298,7 +315,13 @@ def test_the_command_in_a_distillation_recipe_makes_the_student_that_it_describe
     [
         ("bigfoot_12", {"kl": 1.0, "feature_penalty": 1.0}),
         ("bigfoot_4", {"kl": 1.0, "feature_penalty": 1.0}),
-        *((f"distillw2v2_s{row}", {"hidden": 0.2, "mmi": 0.64, "logits_mse": 0.16}) for row in range(1, 6)),
+        *(
+            (recipe, {"hidden": 0.2, "mmi": 0.64, "logits_mse": 0.16})
+            for recipe in (
+                *(f"distillw2v2_s{row}" for row in range(1, 6)),
+                *(f"streaming_{latency}" for latency in ("240ms", "480ms", "960ms", "dynamic")),
+            )
+        ),
     ],
 )
 def test_losses_are_those_of_the_source(recipe, weights):
@@ -307,6 +330,42 @@ def test_losses_are_those_of_the_source(recipe, weights):
     assert found == weights and criterion.temperature == 1.0
     if "hidden" in weights:
         assert criterion.hidden_map == "every:2"
+
+
+@pytest.mark.parametrize(
+    "recipe, chunks",
+    [("240ms", [12]), ("480ms", [24]), ("960ms", [48]), ("dynamic", [12, 24, 48]), ("tiny", [24])],
+)
+def test_streaming_recipe_hears_six_seconds_and_its_chunk(recipe, chunks):
+    cfg = load(f"distillation/streaming_{recipe}.yaml")
+    assert list(cfg.model.chunk_frames) == chunks
+    assert (cfg.model.left_context_frames, cfg.model.lookahead_frames) == (300, 0)
+    assert cfg.task.normalize is False and cfg.model.recipe_overrides.extractor_mode == "layer_norm"
+
+
+@pytest.mark.parametrize("recipe", ["480ms", "dynamic", "tiny"])
+def test_streaming_recipe_builds_a_streaming_student(recipe):
+    """Scaled down; from random weights."""
+    cfg = load(f"distillation/streaming_{recipe}.yaml", "task.data=/tmp/data").model
+    scaled = {"encoder_layers": 2, "encoder_embed_dim": 32, "encoder_ffn_embed_dim": 48, "encoder_attention_heads": 2}
+    scaled["conv_feature_layers"] = "[(8, 10, 5)] + [(8, 3, 2)] * 4 + [(8, 2, 2)] * 2"
+    with open_dict(cfg):
+        cfg.recipe_overrides = {**cfg.recipe_overrides, **scaled}
+        cfg.update(normalize=False, data="/tmp/data", ddp_backend="legacy_ddp", operating_point_seed=1)
+    model = build_model(cfg, SimpleNamespace(target_dictionary=SimpleNamespace(symbols=list("abcd")))).eval()
+    config = model.w2v_encoder.w2v_model.config
+    assert config.streams and config.operating_points.chunk == tuple(cfg.chunk_frames)
+    wave = torch.randn(1, 48 * 320 + 1000)
+    changed = torch.cat([wave[:, : 48 * 320], torch.zeros(1, 1000)], dim=1)
+    first, second = (model(source=source, padding_mask=None)["encoder_out"] for source in (wave, changed))
+    assert first.shape == (51, 1, 4) and first.isfinite().all()
+    assert torch.equal(first[:48], second[:48]) and not torch.equal(first[48:], second[48:])
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_pretraining_recipe_does_not_stream(recipe):
+    model = load(recipe).model
+    assert (list(model.chunk_frames), model.left_context_frames, model.lookahead_frames) == ([], 300, 0)
 
 
 def test_bigfoot_schedule_is_its_authors():

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import as_records, compare_points, format_table, train
+from fairseq_w2v2_light.study.experiment import PLAIN, as_records, compare_points, format_table, train
 from fairseq_w2v2_light.study.plot import plot_tradeoff
 
 LIGHT = ["model.unique_layers=2"]  # two stored layers serve four
-PLAIN = ["model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]"]
 # half an hour of speech is little: more masks, dropout and updates than the recipe's serve every point
 REGULARISED = ["model.mask_prob=0.35", "model.mask_channel_prob=0.2", "model.dropout=0.1"]
 SPECIFIC = "s2q1k2"
@@ -66,7 +65,7 @@ def main() -> None:
             specific, data, [SPECIFIC], args.out / "light/decoded-specific", model=f"light, {SPECIFIC} only", report=say
         )
     if "plain" in args.models:
-        plain = fit("plain", data, args, PLAIN, [], args.plain_updates)
+        plain = fit("plain", data, args, list(PLAIN), [], args.plain_updates)
         rows += compare_points(plain, data, ["s1q1k1"], args.out / "plain/decoded", model="plain", report=say)
 
     say("\n" + format_table(rows))

@@ -16,9 +16,8 @@ from pathlib import Path
 from fairseq_w2v2_light.cli.main import main as w2v2_light
 from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import decode, train
+from fairseq_w2v2_light.study.experiment import decode, train, train_plain
 
-PLAIN = ["model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]"]
 STUDENT = [
     "model.recipe_overrides.conv_feature_layers='[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'",
 ]
@@ -45,7 +44,8 @@ def main() -> None:
     data = args.out / "data"
     if not (data / "train.tsv").is_file():
         localise_manifest(args.data, data)
-    teacher = (args.teacher or train_teacher(data, args)).resolve()
+    teacher = args.teacher or train_plain(data, args.out / "teacher", args.teacher_updates, say)
+    teacher = teacher.resolve()
     graph = data / "denominator.npz"
     if not graph.is_file():
         w2v2_light(["denominator", str(data), str(graph), "--labels", "ltr"])
@@ -65,15 +65,6 @@ def main() -> None:
     table = format_results(results)
     atomic_write_text(args.out / "results.md", table + "\n")
     say("\n" + table)
-
-
-def train_teacher(data: Path, args) -> Path:
-    """The plain model of examples/digits."""
-    pretrain, finetune = args.teacher_updates
-    out = args.out / "teacher"
-    start = train("pretraining/light_stochastic_tiny", data, out / "pretrained", PLAIN, max_update=pretrain, report=say)
-    overrides = [f"model.w2v_path={start.resolve()}"]
-    return train("finetuning/tiny", data, out / "finetuned", overrides, max_update=finetune, report=say)
 
 
 def train_student(weights, data: Path, out: Path, teacher: Path, graph: Path, seed: int, args) -> Path:

@@ -1,8 +1,9 @@
-"""`w2v2-light cost`: parameters, bytes and MACs of a recipe or a checkpoint."""
+"""`w2v2-light cost`: parameters, bytes and MACs of a recipe or a checkpoint; with --latency, how long it waits."""
 
 import json
 
 from ..study.cost import LETTERS, cost, format_cost, load_subject
+from ..study.latency import format_latency, latency
 
 
 def add_arguments(parser) -> None:
@@ -13,6 +14,11 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--vocabulary", type=int, help=f"labels of the CTC head, for fine-tuning recipes (default: {LETTERS})"
     )
+    parser.add_argument(
+        "--latency",
+        action="store_true",
+        help="print the algorithmic latency of a streaming model instead, with its parts; why others have none",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -20,6 +26,9 @@ def run(args) -> int:
     if args.seconds <= 0:
         raise ValueError(f"--seconds: found {args.seconds:g}, expected a positive number")
     subject = load_subject(args.source, args.overrides, args.vocabulary)
-    result = cost(subject, args.seconds, args.operating_point)
-    print(json.dumps(result, indent=2) if args.json else format_cost(result))
+    if args.latency:
+        result, form = latency(subject, args.operating_point), format_latency
+    else:
+        result, form = cost(subject, args.seconds, args.operating_point), format_cost
+    print(json.dumps(result, indent=2) if args.json else form(result))
     return 0

@@ -9,7 +9,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("teacher", help="a checkpoint: stock wav2vec2 or wav2vec_ctc, or any of ours")
     parser.add_argument("out", help="where to write the student")
     parser.add_argument(
-        "overrides", nargs="*", help="model.KEY=VALUE: further keys of the student, e.g. model.squeeze_factors=[1,2]"
+        "overrides",
+        nargs="*",
+        help="model.KEY=VALUE: further keys of the student, e.g. model.squeeze_factors=[1,2]; model.chunk_frames=[24] "
+        "makes it stream, with the teacher's positions made causal",
     )
     parser.add_argument(
         "--layers",
@@ -38,6 +41,15 @@ def add_arguments(parser) -> None:
         default="",
         metavar="FILE",
         help="dict.ltr.txt of a CTC teacher whose checkpoint holds none, as the public ones from before 2021",
+    )
+    parser.add_argument(
+        "--input-level",
+        type=float,
+        metavar="X",
+        help="make a student that hears audio as it is (task.normalize=false) of a teacher that was trained with "
+        "task.normalize=true, as streaming needs: X is the standard deviation that the audio will have, with samples "
+        "from -1 to 1; measure yours, LibriSpeech's utterances have 0.05 (the median of 26; most are within 0.035 and "
+        "0.095)",
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of what is initialised anew (default: 1)")
 
@@ -73,4 +85,5 @@ def student_spec(options: argparse.Namespace):
         unique_layers=options.unique_layers,
         overrides=parse_overrides(options.overrides),
         seed=options.seed,
+        input_level=options.input_level,
     )

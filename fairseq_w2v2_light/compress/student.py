@@ -1,5 +1,6 @@
 """Students: smaller wav2vec 2.0 checkpoints that start with the layers of a teacher."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.wav2vec.wav2vec2_asr import Linear
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..files import atomic_path
 from ..models.checkpoint import (
@@ -19,13 +20,16 @@ from ..models.checkpoint import (
     EncoderCheckpoint,
     load_encoder,
     load_state,
+    make_causal,
     model_name,
     require_finite_weights,
 )
 from ..models.light_ctc import LightCtcConfig
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides
-from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
+from ..models.w2v2_light import PRETRAINING_HEADS, STREAMING_KEYS, W2V2LightModel, network_config
+from ..nn.config import EncoderConfig
+from ..nn.positions import causal_kernel
 
 # keys of the student's model that have an option of their own
 _OPTIONS = {
@@ -36,6 +40,11 @@ _OPTIONS = {
     "unique_layers": "--unique-layers",
 }
 _LAYERS_FORMS = "expected every:N, first:N, last:N, or depths from 0 such as 0,3,6,9"
+# the median standard deviation of LibriSpeech's utterances
+TYPICAL_LEVEL = 0.05
+# of the layer_norm by which fairseq's task.normalize works
+_NORMALIZE_EPS = 1e-5
+_FIRST_CONVOLUTION = "feature_extractor.conv_layers.0.0.weight"
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 
 
@@ -45,7 +54,8 @@ class StudentSpec:
 
     layers: the teacher's depths that it starts with, as `parse_layers` reads them ('': none). layers_n: its depth, when
     that is not the number of `layers`. unique_layers: stored layers of a shared student. overrides: further keys of its
-    encoder, as text. seed: of the parameters that are initialised anew.
+    encoder, as text. seed: of the parameters that are initialised anew. input_level: makes a student that hears audio
+    as it is of a teacher that hears it normalised: the standard deviation that its audio will have (samples -1 to 1).
     """
 
     layers: str = ""
@@ -56,6 +66,7 @@ class StudentSpec:
     unique_layers: Optional[int] = None
     overrides: Dict[str, str] = field(default_factory=dict)
     seed: int = 1
+    input_level: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +127,9 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
     none); both as if after no update. Copied is what has the same name and shape, by modules: a module whose weight
     does not fit gets no bias either, attention needs the same number of heads, too. Unlike Shrinking Bigfoot's code
     this copies the convolutional positions and the encoder's LayerNorm. A stored layer that serves several of the
-    teacher's depths is copied to each student layer that asks for one of them. Raises ValueError for a student that
-    cannot be, and for a teacher that is no wav2vec 2.0 checkpoint, lacks weights or has ones that are not finite.
+    teacher's depths is copied to each student layer that asks for one of them. A streaming student of an offline
+    teacher gets the teacher's positions made causal. Raises ValueError for a student that cannot be, and for a teacher
+    that is no wav2vec 2.0 checkpoint, lacks weights or has ones that are not finite.
     """
     if Path(target).exists() and Path(teacher).exists() and Path(target).samefile(teacher):
         raise ValueError(f"'{target}': the student would overwrite its teacher; choose another name")
@@ -137,18 +149,20 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
             model.remove_pretraining_modules()
             head = Linear(model.config.dim, start.head["weight"].size(0))
 
+    notes = _prepare_audio(start, model, spec)
+    notes += _prepare_positions(start, teacher_network, model)
     weights = model.state_dict()
     sources = [teacher_network.layer_map[depth] for depth in chosen[: model.config.unique_layers]]
     copied = _copy(start.model, weights, sources, model.config.heads == teacher_network.heads)
     parts = _count_parts(weights, copied)
     layers = _layers(model.config.layer_map, chosen, weights, copied)
-    notes = []
     if is_ctc:
         head_weights = {f"w2v_encoder.proj.{name}": value for name, value in head.state_dict().items()}
         teacher_head = {f"w2v_encoder.proj.{name}": value for name, value in start.head.items()}
         parts["CTC head"] = _count(head_weights, _copy(teacher_head, head_weights, [], True))
         weights = {**{f"{CTC_ENCODER}{name}": value for name, value in weights.items()}, **head_weights}
-        state["task_state"], notes = _task_state(state, start, dictionary)
+        state["task_state"], task_notes = _task_state(state, start, dictionary)
+        notes += task_notes
     elif dictionary:
         raise ValueError(f"--dictionary {dictionary}: '{teacher}' is a pre-trained checkpoint, which has no labels")
 
@@ -191,7 +205,70 @@ def student_config(teacher: DictConfig, chosen: Tuple[int, ...], spec: StudentSp
     student = apply_overrides(OmegaConf.merge(teacher, {**values, **sharing}), spec.overrides)
     if "unsqueeze_factor" not in spec.overrides and max(student.squeeze_factors) > student.unsqueeze_factor:
         student.unsqueeze_factor = 0  # as many as squeeze_factors needs; fewer factors keep the trained weights
+    if any(student.chunk_frames) and not any(teacher.chunk_frames) and "conv_pos" not in spec.overrides:
+        student.conv_pos = causal_kernel(teacher.conv_pos)
+    if any(teacher.chunk_frames) and not any(student.chunk_frames):
+        raise ValueError(
+            "override 'model.chunk_frames': found no chunk, but the teacher is a streaming model, whose causal "
+            "positions cannot become centred ones; take an offline teacher, or keep a chunk beside 0, the whole "
+            "utterance"
+        )
     return student
+
+
+def _prepare_positions(start: EncoderCheckpoint, teacher: EncoderConfig, model: W2V2LightModel) -> List[str]:
+    """Makes the teacher's positions causal for a streaming student; returns what the user should know about them.
+
+    A student with another number of taps than they then have, `model.conv_pos`, gets new ones.
+    """
+    if teacher.streams or not model.config.streams:
+        return []
+    taps = model.config.conv_pos
+    if taps != causal_kernel(teacher.conv_pos):
+        start.model = {name: value for name, value in start.model.items() if part_of(name) != "positions"}
+        return [f"streaming: the positions start anew, with {taps} causal taps"]
+    make_causal(start)
+    if model.config.dim != teacher.dim:
+        return []
+    return [
+        f"streaming: the positions' {teacher.conv_pos} taps became {taps} causal ones (the present frame's stands in "
+        "for the future)"
+    ]
+
+
+def _prepare_audio(start: EncoderCheckpoint, model: W2V2LightModel, spec: StudentSpec) -> List[str]:
+    """Makes the teacher, and what of the student starts anew, hear audio at `spec.input_level` instead of normalised.
+
+    task.normalize divides an utterance by its standard deviation (and layer_norm's epsilon); the first convolution's
+    weights are divided by what is expected instead. So audio at exactly that level, without an offset, gives what the
+    teacher gives. Raises ValueError for a level where none is needed, and for none where a streaming student needs it.
+    """
+    level, normalizes = spec.input_level, bool(start.cfg.task.get("normalize", False))
+    if level is None:
+        if normalizes and model.config.streams:
+            raise ValueError(
+                "--input-level: a streaming student cannot normalise audio over the utterance as its teacher does "
+                "(task.normalize=true); give the standard deviation that its audio will have (samples -1 to 1), like "
+                f"--input-level {TYPICAL_LEVEL} for LibriSpeech"
+            )
+        return []
+    if not 0 < level <= 1:
+        raise ValueError(f"--input-level {level:g}: expected a standard deviation of audio above 0 and up to 1")
+    if not normalizes:
+        raise ValueError(
+            f"--input-level {level:g}: the teacher was trained with task.normalize=false, so it hears audio as it is; "
+            "leave the option out"
+        )
+    divisor = math.sqrt(level**2 + _NORMALIZE_EPS)
+    start.model[_FIRST_CONVOLUTION] = start.model[_FIRST_CONVOLUTION] / divisor
+    with torch.no_grad():
+        model.get_parameter(_FIRST_CONVOLUTION).div_(divisor)
+    with open_dict(start.cfg):
+        start.cfg.task.normalize = False
+    return [
+        f"audio: the student hears it as it is (task.normalize=false), expected at a standard deviation of {level:g}; "
+        "the first convolution's weights were divided by that"
+    ]
 
 
 def _check_teacher(start: EncoderCheckpoint, is_ctc: bool, teacher) -> None:
@@ -323,7 +400,7 @@ def _ctc_config(cfg: DictConfig, encoder_cfg: DictConfig) -> Dict[str, Any]:
         operating_point_seed=(sections.get("common") or {}).get("seed") or 1,
         # the encoder has its own
         **{key: defaults[key] for key in ("w2v_path", "recipe", "recipe_overrides", "operating_point")},
-        **{key: defaults[key] for key in ("squeeze_factors", "query_pools", "kv_pools")},
+        **{key: defaults[key] for key in ("squeeze_factors", "query_pools", "kv_pools", *STREAMING_KEYS)},
     )
     model = {key: value for key, value in model.items() if not str(value).startswith("${")}
     known = set(TASK_DATACLASS_REGISTRY["audio_ctc"].__dataclass_fields__)

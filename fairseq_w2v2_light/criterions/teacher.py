@@ -15,7 +15,7 @@ from ..data.manifest import first_difference
 from ..models.checkpoint import EncoderCheckpoint, load_encoder, require_finite_weights
 from ..models.w2v2_light import PRETRAINING_HEADS, STOCHASTIC, network_config
 from ..nn.backbone import Backbone
-from ..nn.frontend import frame_lengths, receptive_field
+from ..nn.frontend import receptive_field
 from ..nn.masks import pooled_length
 from ..nn.operating_point import OperatingPoint
 
@@ -171,7 +171,7 @@ class Teacher:
 
     def frames(self, samples):
         """Frames of the logits for `samples` (int or Tensor) of audio."""
-        return frame_lengths(samples, self.config.conv_layers)
+        return self.config.frames(samples)
 
     def hidden_frames(self, frames):
         """Frames of the hidden layers for `frames` (int or Tensor) of the logits."""

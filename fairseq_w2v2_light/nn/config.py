@@ -72,6 +72,12 @@ class EncoderConfig:
                 "asks for a streaming model, which cannot wait for its end; use a model trained with "
                 "extractor_mode=layer_norm"
             )
+        field, hop = receptive_field(self.conv_layers)
+        if field < hop:
+            raise ValueError(
+                f"conv_feature_layers: a frame hears {field} samples and the next one starts {hop} samples later; a "
+                "streaming model needs frames that leave no sample out"
+            )
         for key, frames in (("left_context_frames", self.left_context), ("lookahead_frames", self.lookahead)):
             if frames < 0:
                 raise ValueError(f"{key}: found {frames}, expected 0 or more frames")

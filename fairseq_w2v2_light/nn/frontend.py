@@ -82,18 +82,17 @@ class ChannelsLastConv1d(nn.Conv1d):
         if self.in_channels == 1:
             return F.linear(x.squeeze(1).unfold(-1, kernel, stride), self.weight.squeeze(1), self.bias).transpose(1, 2)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
-            windows = x.transpose(1, 2).unfold(1, kernel, stride).transpose(2, 3).flatten(2)
-            return F.linear(windows, self.weight.transpose(1, 2).flatten(1), self.bias).transpose(1, 2)
+            return F.linear(windows(x, kernel, stride), self.weight.transpose(1, 2).flatten(1), self.bias).transpose(
+                1, 2
+            )
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         weight = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, self.bias, (1, stride)).squeeze(2)
 
-    def pack_(self) -> None:
-        """Reorders the weight in memory, its shape unchanged, so that inference need not; not for training.
 
-        fairseq's half-precision optimizers want contiguous parameters.
-        """
-        self.weight.data = self.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """What each output frame of a convolution hears: (batch, channel, time) -> (batch, frames, kernel * channel)."""
+    return x.transpose(1, 2).unfold(1, kernel, stride).transpose(2, 3).flatten(2)
 
 
 class ConvBlock(nn.Sequential):
@@ -109,9 +108,10 @@ class ConvBlock(nn.Sequential):
     def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
         """(batch, in channel, time) -> (batch, channel, time); `lengths` (batch,) are the valid frames after it."""
         x = self[0](x)
-        if len(self) == 4:
-            x = self[2](x, lengths)
-        if isinstance(self[0], ChannelsLastConv1d):
+        norm = self[2] if len(self) == 4 else None
+        if norm is not None:
+            x = norm(x, lengths)
+        if isinstance(norm, ChannelLayerNorm):
             return F.gelu(x)
         # torch 2.1 computes garbage on CPUs for the gradient of a contiguous input whose output's is transposed
         return F.gelu(x.transpose(1, 2)).transpose(1, 2)
@@ -160,12 +160,6 @@ class Frontend(nn.Module):
             wave = F.pad(wave, (self.padding, 0))
             lengths = None if lengths is None else lengths + self.padding
         return self.convolve(wave, lengths)
-
-    def pack_(self) -> None:
-        """Makes inference faster, see ChannelsLastConv1d.pack_; not for training."""
-        for block in self.conv_layers:
-            if isinstance(block[0], ChannelsLastConv1d):
-                block[0].pack_()
 
     def convolve(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
         """As `forward`, of samples that follow on those heard before: without padding and checks."""

@@ -151,7 +151,6 @@ def load_ctc(path: PathLike, dictionary: Optional[PathLike] = None) -> CtcModel:
     model.load_state_dict(copies, assign=True)
     _require_finite(model, path)
     _add_blank_weight(model.head, ctc_cfg)
-    model.backbone.feature_extractor.pack_()
     return model.eval().requires_grad_(False)
 
 

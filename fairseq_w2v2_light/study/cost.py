@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe
-from ..models.w2v2_light import W2V2LightModel, network_config
+from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, network_config
 from ..nn.config import EncoderConfig
 from ..nn.operating_point import OperatingPoint
+from ..nn.positions import causal_kernel
 from .macs import SAMPLE_RATE, count_macs
 
 LETTERS = 32
@@ -22,20 +23,28 @@ LETTERS = 32
 class Subject:
     """A model to count: its complete fairseq configuration, and the labels of its CTC head (0: pre-training).
 
-    pretraining_heads: a CTC model that keeps those as well (`model.keep_pretraining_heads`).
+    pretraining_heads: a CTC model that keeps those as well (`model.keep_pretraining_heads`). normalizes: its
+    `task.normalize`.
     """
 
     name: str
     model: DictConfig
     vocabulary: int
     pretraining_heads: bool = False
+    normalizes: bool = False
+
+    @property
+    def network(self) -> EncoderConfig:
+        """The configuration of its network."""
+        return network_config(self.model)
 
 
 def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Subject:
     """Reads a recipe (path or name) or a checkpoint, with `model.key=value` overrides.
 
     `vocabulary` is the size of the label dictionary where the source does not say (default 32: LibriSpeech's
-    letters). Raises ValueError for an override that is malformed or of a key that the model does not have.
+    letters). An offline checkpoint that `model.chunk_frames` makes stream gets causal positions, as in training. Raises
+    ValueError for an override that is malformed or of a key that the model does not have.
     """
     changes = parse_overrides(overrides)
     if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
@@ -43,7 +52,8 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
     recipe = load_recipe(source)
     name = model_name(recipe)
     if name in (STOCK_ENCODER, *ENCODER_MODELS):
-        return Subject(name, apply_overrides(read_recipe(source, {}).model, changes), 0)
+        read = read_recipe(source, {})
+        return Subject(name, apply_overrides(read.model, changes), 0, normalizes=_normalizes(read))
     if name not in CTC_MODELS:
         raise ValueError(f"'{source}': a recipe of model '{name}', expected one of {', '.join(ENCODER_MODELS)}")
 
@@ -58,12 +68,25 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
             f"'{source}': a fine-tuning recipe does not say which encoder; add model.recipe=pretraining/NAME or "
             "model.w2v_path=CHECKPOINT"
         )
-    for key in ("operating_point", "squeeze_factors", "query_pools", "kv_pools"):
-        if settings.get(key):
+    for key in ("operating_point", "squeeze_factors", "query_pools", "kv_pools", *STREAMING_KEYS):
+        if settings.get(key) not in (None, ""):
             changes.setdefault(key, str(settings[key]))
+    if settings.get("w2v_path"):
+        changes = _with_causal_positions(model, changes)
     keeps_heads = str(settings.get("keep_pretraining_heads", False)).lower() == "true"
     labels = LETTERS if vocabulary is None else vocabulary
-    return Subject(name, apply_overrides(model, changes), labels, keeps_heads)
+    return Subject(name, apply_overrides(model, changes), labels, keeps_heads, _normalizes(recipe))
+
+
+def _with_causal_positions(checkpoint: DictConfig, changes: Dict[str, str]) -> Dict[str, str]:
+    """`changes` and, where they make an offline checkpoint stream, the kernel that its positions get."""
+    if any(checkpoint.chunk_frames) or not any(apply_overrides(checkpoint, changes).chunk_frames):
+        return changes
+    return {"conv_pos": str(causal_kernel(checkpoint.conv_pos)), **changes}
+
+
+def _normalizes(cfg: DictConfig) -> bool:
+    return bool((cfg.get("task") or {}).get("normalize") or False)
 
 
 def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
@@ -72,7 +95,9 @@ def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
     encoder = load_encoder(path)
     vocabulary = 0 if encoder.head is None else encoder.head["weight"].size(0)
     keeps_heads = bool(state["cfg"].model.get("keep_pretraining_heads", False))
-    return Subject(name, apply_overrides(encoder.cfg.model, changes), vocabulary, keeps_heads)
+    changes = _with_causal_positions(encoder.cfg.model, changes)
+    model = apply_overrides(encoder.cfg.model, changes)
+    return Subject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg))
 
 
 def count_parameters(subject: Subject) -> Dict[str, int]:
@@ -106,8 +131,8 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
     so do others who say 317 M); `bytes` in fp32; `macs` of inference on `seconds` of 16 kHz audio at the operating
     point (`point`, else the model's own).
     """
-    config = network_config(subject.model)
-    chosen = _operating_point(subject, config, point)
+    config = subject.network
+    chosen = operating_point(subject, point)
     parameters, dropped = _count_parameters(subject)
     macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
     total = sum(parameters.values())
@@ -131,10 +156,12 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
     }
 
 
-def _operating_point(subject: Subject, config: EncoderConfig, point: str) -> OperatingPoint:
+def operating_point(subject: Subject, point: str = "") -> OperatingPoint:
+    """The operating point that the text `point` names; empty: the model's own fixed one, else its least reduction."""
+    points = subject.network.operating_points
     own = subject.model.operating_point
-    text = point or ("" if own == "stochastic" else own)
-    return config.operating_points.check(OperatingPoint.parse(text)) if text else config.operating_points.default
+    text = point or ("" if own == STOCHASTIC else own)
+    return points.check(OperatingPoint.parse(text)) if text else points.default
 
 
 def format_cost(result: Dict[str, Any]) -> str:

@@ -84,6 +84,18 @@ def train(
     return _result(group, out)
 
 
+# what makes light_stochastic_tiny a plain wav2vec 2.0
+PLAIN = ("model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]")
+
+
+def train_plain(data: Path, out: Path, updates: Sequence[int], report: Callable[[str], None] = print) -> Path:
+    """Trains the plain tiny model of the examples, (pre-training, fine-tuning) updates; returns its CTC checkpoint."""
+    recipe = "pretraining/light_stochastic_tiny"
+    start = train(recipe, data, out / "pretrained", PLAIN, max_update=updates[0], report=report)
+    overrides = [f"model.w2v_path={start.resolve()}"]
+    return train("finetuning/tiny", data, out / "finetuned", overrides, max_update=updates[1], report=report)
+
+
 def _result(group: str, out: Path) -> Path:
     best = out / "checkpoint_best.pt"
     return best if group in ("finetuning", "distillation") and best.is_file() else out / "checkpoint_last.pt"

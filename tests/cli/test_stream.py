@@ -19,6 +19,7 @@ import soundfile
 from fairseq_w2v2_light.cli import main as cli
 from fairseq_w2v2_light.cli import stream
 from fairseq_w2v2_light.runtime.audio import Pace
+from fairseq_w2v2_light.runtime.timings import Timings, percentile
 
 ROOT = Path(cli.__file__).parents[2]
 RATE = 16000
@@ -228,7 +229,7 @@ def test_delays_count_from_each_chunks_last_sample():
             return partial
 
     blocks = np.split((PCM[: 5 * CHUNK] / 32768).astype(np.float32), [800, 2000, 5200])  # 0.05, 0.125 and 0.325 s
-    timings = stream.Timings()
+    timings = Timings()
     transcript = stream.Transcript(io.StringIO(), stream.Screen(io.StringIO()))
     pace = Pace(RATE, lambda: now[0], sleep)
     assert stream.transcribe(Slow(), blocks, transcript, timings, stream.StopSignals(), pace) == 0.5
@@ -238,7 +239,7 @@ def test_delays_count_from_each_chunks_last_sample():
 
 
 def test_chunks_of_one_call_share_its_time():
-    timings = stream.Timings()
+    timings = Timings()
     timings.accepted(0.5, 0)
     timings.accepted(0.6, 3)
     assert timings.chunks == pytest.approx([0.2] * 3) and timings.compute == pytest.approx(1.1)
@@ -248,11 +249,11 @@ def test_chunks_of_one_call_share_its_time():
     "values, percent, expected", [([3, 1, 2], 50, 2), ([1, 2], 50, 1), (range(200), 99, 197), ([5], 99, 5), ([5], 0, 5)]
 )
 def test_percentiles_are_nearest_ranks(values, percent, expected):
-    assert stream.percentile(list(values), percent) == expected
+    assert percentile(list(values), percent) == expected
 
 
 def test_no_values_have_no_percentile():
-    assert np.isnan(stream.percentile([], 50))
+    assert np.isnan(percentile([], 50))
 
 
 def test_bad_audio_prints_what_was_heard_before_the_error(recognizer, tmp_path, capsys):

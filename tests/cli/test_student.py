@@ -53,6 +53,32 @@ def test_a_narrow_student_needs_no_layers(teacher, tmp_path, capsys):
     assert "student layer 0 (at depths 0, 1) <- initialised anew" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def loud_teacher(tmp_path_factory):
+    """A stock pre-trained model of four layers with LayerNorms in the frontend, trained with normalised audio."""
+    path = tmp_path_factory.mktemp("loud") / "wav2vec2.pt"
+    config = Wav2Vec2Config(**SHAPE, extractor_mode="layer_norm", layer_norm_first=True)
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    task = {"_name": "audio_pretraining", "data": "/nowhere", "normalize": True}
+    cfg = {"model": {**values, "_name": "wav2vec2"}, "task": task, "common": {"seed": 1}}
+    torch.save({"args": None, "cfg": cfg, "model": Wav2Vec2Model(config).state_dict()}, str(path))
+    return path
+
+
+def test_a_streaming_student_of_a_teacher_that_normalises_audio(loud_teacher, tmp_path, capsys):
+    out = tmp_path / "student.pt"
+    arguments = ["student", str(loud_teacher), str(out), "--layers", "every:2", "model.chunk_frames=[24]"]
+    assert main(arguments) == 2
+    assert "like --input-level 0.05 for LibriSpeech" in capsys.readouterr().err
+    assert main([*arguments, "--input-level", "0.05"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: audio: the student hears it as it is" in printed
+    assert "note: streaming: the positions' 8 taps became 5 causal ones" in printed
+    # a frame of this frontend is 20 ms, too
+    assert main(["cost", str(out), "--latency"]) == 0
+    assert "w2v2_light at s1q1k1c24: algorithmic latency 480.0 ms" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -63,6 +89,8 @@ def test_a_narrow_student_needs_no_layers(teacher, tmp_path, capsys):
         (["--layers", "0", "dropout=0"], "override 'dropout=0': expected model.KEY=VALUE"),
         (["--layers", "0", "model.dropuot=0"], "'model.dropuot': the model has no such key"),
         ([], "a student needs --layers"),
+        (["--layers", "0", "--input-level", "0.05"], "the teacher was trained with task.normalize=false"),
+        (["--layers", "0", "model.chunk_frames=[24]"], "extractor_mode: found 'default', a GroupNorm"),
     ],
 )
 def test_bad_input_gets_a_message(teacher, tmp_path, capsys, arguments, message):

@@ -26,6 +26,7 @@ def files(checkpoints, tmp_path_factory):
         light=checkpoints.light(folder / "light.pt", unique_layers=2, attention_map_every=2, **STOCHASTIC),
         light_ctc=checkpoints.light_ctc(folder / "light_ctc.pt", **STOCHASTIC),
         squeezed_ctc=checkpoints.light_ctc(folder / "squeezed_ctc.pt", **SQUEEZED),
+        streaming_ctc=checkpoints.light_ctc(folder / "streaming_ctc.pt", chunk_frames=[4], left_context_frames=8),
         sew_ctc=checkpoints.light_ctc(
             folder / "sew_ctc.pt", encoder="stochastic_sew", squeeze_factors=[2], squeeze_tail="drop"
         ),
@@ -51,13 +52,18 @@ def close(found, expected, tolerance=2e-5):
 # its outputs
 
 
-@pytest.mark.parametrize("name", ("stock_ctc", "light_ctc", "squeezed_ctc", "sew_ctc"))
+FRAMES = {"streaming_ctc": 900 // HOP}
+
+
+@pytest.mark.parametrize("name", ("stock_ctc", "light_ctc", "squeezed_ctc", "sew_ctc", "streaming_ctc"))
 def test_logits_are_those_of_the_model(files, checkpoints, name):
     checkpoint = getattr(files, name)
     teacher = Teacher.load(checkpoint.path, needs_logits=True)
     source, _ = checkpoints.audio(900)
     output = teacher(source)
-    assert output.logits.shape == (1, (900 - 30) // HOP + 1, 8) and output.logits.dtype == torch.float32
+    assert (
+        output.logits.shape == (1, FRAMES.get(name, (900 - 30) // HOP + 1), 8) and output.logits.dtype == torch.float32
+    )
     close(output.logits, logits_of(checkpoint, source))
 
 

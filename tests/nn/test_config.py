@@ -125,3 +125,79 @@ def test_unsqueeze_factor_is_the_largest_squeeze_factor():
     assert build(squeeze_factors=(1, 3, 2)).unsqueeze_factor == 3
     assert build(squeeze_factors=(1,)).unsqueeze_factor == 1
     assert build(squeeze_factors=(1,), unsqueeze_factor=4).unsqueeze_factor == 4
+
+
+# ---- streaming
+
+
+def build_streaming(**changes):
+    return build(**{"extractor_norm": "layer", "chunk_frames": (24,), "left_context_frames": 48, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    (
+        (
+            {"extractor_norm": "group"},
+            ("extractor_mode: found 'default'", "GroupNorm over the whole utterance", "chunk_frames=[24]")
+            + ("cannot wait for its end", "use a model trained with extractor_mode=layer_norm"),
+        ),
+        ({"left_context_frames": -1}, ("left_context_frames: found -1, expected 0 or more frames",)),
+        ({"lookahead_frames": -2}, ("lookahead_frames: found -2, expected 0 or more frames",)),
+        ({"chunk_frames": (-24,)}, ("chunk_frames: found [-24], expected distinct numbers of frames like [24]",)),
+        ({"chunk_frames": (24, 24)}, ("chunk_frames: found [24, 24]",)),
+        (
+            {"squeeze_factors": (1, 5), "left_context_frames": 50},
+            ("chunk_frames: 24 frames are no multiple of 5", "squeeze factor 5 times 1 of query_pools", "choose 25"),
+        ),
+        (
+            {"squeeze_factors": (2,), "query_pools": (1, 7), "left_context_frames": 56},
+            ("chunk_frames: 24 frames are no multiple of 14, squeeze factor 2 times 7 of query_pools", "choose 28"),
+        ),
+        (
+            {"squeeze_factors": (2,), "kv_pools": (1, 4), "left_context_frames": 50},
+            ("left_context_frames: 50 frames are no multiple of 8, squeeze factor 2 times 4 of kv_pools", "choose 56"),
+        ),
+        (
+            {"kv_pools": (3,), "lookahead_frames": 4},
+            ("lookahead_frames: 4 frames are no multiple of 3, squeeze factor 1 times 3 of kv_pools", "choose 6"),
+        ),
+        ({"squeeze_factors": (2,), "chunk_frames": (0, 25)}, ("chunk_frames: 25 frames are no multiple of 2",)),
+    ),
+)
+def test_streaming_configurations_that_cannot_be(changes, words):
+    with pytest.raises(ValueError) as error:
+        build_streaming(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_offline_models_may_have_any_context_and_norm():
+    config = build(extractor_norm="group", chunk_frames=(), left_context_frames=301, squeeze_factors=(1, 2))
+    assert not config.streams and config.frontend_padding == 0
+    assert not build(chunk_frames=(0,)).streams
+
+
+def test_a_streaming_model_streams():
+    for chunks in ((24,), (12, 24), (0, 24)):
+        assert build_streaming(chunk_frames=chunks).streams
+    build_streaming(squeeze_factors=(1, 2, 3), query_pools=(1, 2), kv_pools=(1, 4), lookahead_frames=24)
+
+
+def test_frames_of_a_streaming_model_are_whole_hops():
+    """A frame ends with the last sample of its hop: n samples make n // 320 frames."""
+    config = build_streaming(conv_feature_layers=STOCK)
+    assert config.frontend_padding == 80
+    for samples in (320, 639, 640, 7679, 7680, 7681, 16000):
+        assert config.frames(samples) == samples // 320
+    assert build(conv_feature_layers=STOCK).frames(16000) == 49
+
+
+def test_a_frontend_whose_window_is_its_hop_is_not_padded():
+    assert build_streaming(conv_feature_layers="[(8, 5, 5), (8, 2, 2)]").frontend_padding == 0
+
+
+def test_a_frontend_that_leaves_samples_out_cannot_stream():
+    with pytest.raises(ValueError, match="conv_feature_layers: a frame hears 9 samples and the next one starts 10"):
+        build_streaming(conv_feature_layers="[(8, 4, 5), (8, 2, 2)]")
+    build(conv_feature_layers="[(8, 4, 5), (8, 2, 2)]")

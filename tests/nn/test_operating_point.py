@@ -1,5 +1,6 @@
 """Operating points: text form, the sets a model is trained for, draws."""
 
+import dataclasses
 import random
 
 import pytest
@@ -169,3 +170,103 @@ def test_per_layer_draws_are_equal_in_layers_that_share_a_map():
 def test_one_point_is_not_stochastic():
     assert not OperatingPointSpace((2,), (1,), (3,)).is_stochastic
     assert SPACE.is_stochastic
+
+
+# ---- chunks
+
+STREAMING = OperatingPointSpace((1, 2, 3), (1, 2), (1, 2, 3), depth=6, chunk=(0, 12, 24))
+
+
+@pytest.mark.parametrize(
+    "text, chunk", (("s1q1k1c24", 24), ("s2q1-1-2-2k1c6", 6), ("s1q1x6-2x6k2c480", 480), ("s1q1k1", 0))
+)
+def test_parse_a_chunk(text, chunk):
+    assert OperatingPoint.parse(text).chunk == chunk
+    assert str(OperatingPoint.parse(text)).endswith(f"c{chunk}") == bool(chunk)
+
+
+def test_text_form_with_a_chunk_round_trips():
+    generator = random.Random(1)
+    for _ in range(200):
+        factors = [tuple(generator.randint(1, 3) for _ in range(generator.choice((1, 4)))) for _ in range(2)]
+        point = OperatingPoint(generator.randint(1, 4), *factors, chunk=generator.choice((0, 1, 12, 960)))
+        assert OperatingPoint.parse(str(point)) == point
+
+
+def test_chunk_0_needs_no_text():
+    assert OperatingPoint.parse("s1q1k1c0") == OperatingPoint() and str(OperatingPoint(chunk=0)) == "s1q1k1"
+
+
+@pytest.mark.parametrize(
+    "text", ("s1q1k1c", "s1q1k1c-4", "c24", "s1q1c24k1", "s1q1k1c24c12", "s1q1k1c2.5", "s1q1k1c12-24")
+)
+def test_a_malformed_chunk_is_quoted_with_an_example(text):
+    with pytest.raises(ValueError, match="operating point .*streaming: s1q1k1c24") as error:
+        OperatingPoint.parse(text)
+    assert f"'{text}'" in str(error.value)
+
+
+def test_a_chunk_below_0_is_refused():
+    with pytest.raises(ValueError, match="operating point .*: chunk -1 is below 0"):
+        OperatingPoint(chunk=-1)
+
+
+@pytest.mark.parametrize("chunk", ((), (-4,), (24, 24)))
+def test_malformed_chunks_name_the_key(chunk):
+    with pytest.raises(ValueError, match=r"expected distinct numbers of frames like \[24\]") as error:
+        OperatingPointSpace(chunk=chunk)
+    assert f"chunk_frames: found {list(chunk)}" in str(error.value)
+
+
+@pytest.mark.parametrize("chunk, default", (((24,), 24), ((12, 48, 24), 48), ((24, 0), 0), ((0,), 0)))
+def test_the_default_chunk_is_the_whole_utterance_or_the_largest(chunk, default):
+    space = OperatingPointSpace((2, 1), chunk=chunk)
+    assert space.default == OperatingPoint(1, chunk=default)
+    assert space.is_stochastic and OperatingPointSpace(chunk=chunk).is_stochastic == (len(chunk) > 1)
+
+
+def test_checking_fills_the_chunk_in():
+    space = OperatingPointSpace((1, 2), chunk=(12, 24))
+    assert str(space.check(OperatingPoint(2))) == "s2q1k1c24"
+    assert str(space.check(OperatingPoint(1, chunk=12))) == "s1q1k1c12"
+    assert str(STREAMING.check(OperatingPoint(2))) == "s2q1k1"
+    assert str(OperatingPointSpace((1, 2)).check(OperatingPoint(2))) == "s2q1k1"
+
+
+@pytest.mark.parametrize("trained", ((12, 24), (0,)))
+def test_an_untrained_chunk_is_refused(trained):
+    with pytest.raises(ValueError) as error:
+        OperatingPointSpace(chunk=trained).check(OperatingPoint(chunk=36))
+    for word in ("'s1q1k1c36'", "not trained with chunk 36", str(list(trained)), "fine-tune"):
+        assert word in str(error.value)
+
+
+def test_points_list_the_whole_utterance_first_then_larger_chunks():
+    points = [str(point) for point in OperatingPointSpace((2, 1), chunk=(12, 0, 24)).points()]
+    assert points == ["s1q1k1", "s1q1k1c24", "s1q1k1c12", "s2q1k1", "s2q1k1c24", "s2q1k1c12"]
+
+
+def test_drawn_chunks_are_uniform_and_leave_the_other_factors_as_they_were():
+    updates = 5400
+    counts = {}
+    for update in range(updates):
+        point = STREAMING.draw(1, update)
+        counts[point] = counts.get(point, 0) + 1
+        assert dataclasses.replace(point, chunk=0) == SPACE.draw(1, update)
+        assert STREAMING.draw(1, update) == point
+    assert set(counts) == set(STREAMING.points())
+    assert all(0.6 * updates / 54 < count < 1.4 * updates / 54 for count in counts.values())
+    assert {STREAMING.draw(2, update) for update in range(400)} == set(STREAMING.points())
+
+
+def test_draws_without_chunks_are_those_of_before_there_were_any():
+    """Literal values of the version that had no chunks: its runs resume."""
+    space = OperatingPointSpace((1, 2, 3), (1, 2), (1, 2, 3), depth=6)
+    texts = "s3q1k3 s2q1k1 s3q1k3 s1q2k1 s2q1k1 s2q2k3 s1q1k1 s2q1k1"
+    assert " ".join(str(space.draw(7, update)) for update in range(8)) == texts
+    space = OperatingPointSpace((1, 2), (1, 2), (1, 2), depth=4, per_layer=True, map_every=2)
+    texts = "s1q2x2-1x2k1 s1q2x2-1x2k1x2-2x2 s2q2k1x2-2x2 s2q1x2-2x2k1x2-2x2 s2q1k1x2-2x2"
+    assert " ".join(str(space.draw(3, update)) for update in range(5)) == texts
+    space = OperatingPointSpace((1, 2, 3), (1, 2), (1, 2, 3), depth=6, chunk=(0, 12, 24))
+    texts = "s3q1k3c24 s2q1k1c12 s3q1k3c24 s1q2k1 s2q1k1c24 s2q2k3c12 s1q1k1c12 s2q1k1c24"
+    assert " ".join(str(space.draw(7, update)) for update in range(8)) == texts

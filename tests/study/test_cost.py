@@ -1,6 +1,7 @@
 """Counted parameters and MACs against models that really run."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from fairseq_w2v2_light.models import W2V2LightModel
 from fairseq_w2v2_light.models.recipe import read_recipe
 from fairseq_w2v2_light.models.w2v2_light import network_config
 from fairseq_w2v2_light.nn import OperatingPoint
+from fairseq_w2v2_light.nn.attention import MultiheadAttention
+from fairseq_w2v2_light.nn.positions import WeightNormConv1d
+from fairseq_w2v2_light.nn.streaming import Stream
 from fairseq_w2v2_light.study.cost import cost, count_parameters, format_cost, load_subject
 from fairseq_w2v2_light.study.macs import count_macs
 
 TINY = "pretraining/light_stochastic_tiny"
 
 
-def count_by_hooks(model, wave, point):
-    """MACs of every convolution, Linear and attention product of a forward pass."""
+def count_by_hooks(model, run):
+    """MACs of every convolution, Linear and attention product of `run()`."""
     total = 0
 
     def linear(module, inputs, output):
@@ -33,11 +37,13 @@ def count_by_hooks(model, wave, point):
         nonlocal total
         total += output.numel() * module.weight_v.size(1) * module.kernel
 
-    def attention(module, inputs, output):
+    attend = MultiheadAttention.attend
+
+    def counted_attend(module, query, memory, key_mask=None, attention_map=None, return_map=False):
         nonlocal total
-        query, key_value = inputs[:2]
-        products = 1 if inputs[3] is not None else 2
-        total += products * query.size(0) * query.size(1) * key_value.size(1) * module.heads * module.head_dim
+        products = 1 if attention_map is not None else 2
+        total += products * query.size(0) * query.size(1) * memory.value.size(2) * module.heads * module.head_dim
+        return attend(module, query, memory, key_mask, attention_map, return_map)
 
     hooks = []
     for module in model.modules():
@@ -45,15 +51,25 @@ def count_by_hooks(model, wave, point):
             hooks.append(module.register_forward_hook(linear))
         elif isinstance(module, nn.Conv1d):
             hooks.append(module.register_forward_hook(conv))
-        elif type(module).__name__ == "WeightNormConv1d":
+        elif isinstance(module, WeightNormConv1d):
             hooks.append(module.register_forward_hook(positions))
-        elif type(module).__name__ == "MultiheadAttention":
-            hooks.append(module.register_forward_hook(attention))
-    with torch.no_grad():
-        model.extract_features(wave, operating_point=point)
+    with torch.no_grad(), mock.patch.object(MultiheadAttention, "attend", counted_attend):
+        run()
     for hook in hooks:
         hook.remove()
     return total
+
+
+def stream_through(model, wave, point):
+    """Runs `wave` (batch, samples) through a Stream; returns its frames."""
+    stream = Stream(model, point)
+    state, outputs = stream.start(), []
+    while wave.size(1) >= stream.samples_needed(state):
+        needed = stream.samples_needed(state)
+        frames, state = stream.step(wave[:, :needed], state)
+        outputs.append(frames)
+        wave = wave[:, needed:]
+    return torch.cat([*outputs, stream.finish(wave, state)], dim=1)
 
 
 @pytest.mark.parametrize("point", ["s1q1k1", "s1q2k2", "s1q1k2"])
@@ -61,8 +77,10 @@ def count_by_hooks(model, wave, point):
 def test_macs_equal_a_count_by_hooks(point, every):
     cfg = read_recipe(TINY, {"attention_map_every": every}).model
     model = W2V2LightModel(cfg).eval()
-    counted = count_macs(network_config(cfg), 20000, OperatingPoint.parse(point))
-    assert sum(counted.values()) == count_by_hooks(model, torch.randn(1, 20000), OperatingPoint.parse(point))
+    point = OperatingPoint.parse(point)
+    counted = count_macs(network_config(cfg), 20000, point)
+    wave = torch.randn(1, 20000)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: model.extract_features(wave, operating_point=point))
 
 
 @pytest.mark.parametrize("tail", ["keep", "drop"])
@@ -70,8 +88,49 @@ def test_squeezed_macs_equal_a_count_by_hooks(tail):
     """At the largest factor the unsqueeze layer is one Linear, which hooks see whole."""
     cfg = read_recipe(TINY, {"squeeze_tail": tail, "conv_pos": 31}).model
     model = W2V2LightModel(cfg).eval()
-    counted = count_macs(network_config(cfg), 20000, OperatingPoint.parse("s3q2k2"))
-    assert sum(counted.values()) == count_by_hooks(model, torch.randn(1, 20000), OperatingPoint.parse("s3q2k2"))
+    point = OperatingPoint.parse("s3q2k2")
+    counted = count_macs(network_config(cfg), 20000, point)
+    wave = torch.randn(1, 20000)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: model.extract_features(wave, operating_point=point))
+
+
+@pytest.mark.parametrize(
+    "point, changes",
+    [
+        ("s1q1k1c12", {}),
+        ("s1q2k2c12", {"attention_map_every": 2}),
+        ("s1q1k2c24", {"lookahead_frames": 12}),
+        ("s3q2k2c12", {"lookahead_frames": 12}),
+        ("s3q1k1c24", {"squeeze_tail": "drop"}),
+        ("s3q2k1c12", {"squeeze_tail": "drop", "lookahead_frames": 12, "left_context_frames": 0}),
+    ],
+)
+# left context runs full, the last chunk and its look-ahead are cut, an utterance ends with a chunk, or within its first
+@pytest.mark.parametrize("samples", [35000, 36 * 320, 1000])
+def test_macs_of_a_stream_equal_a_count_by_hooks(point, changes, samples):
+    narrow = dict(
+        encoder_embed_dim=32,
+        encoder_ffn_embed_dim=40,
+        encoder_attention_heads=2,
+        encoder_layers=3,
+        conv_feature_layers="[(8, 10, 5)] + [(8, 3, 2)] * 4 + [(8, 2, 2)] * 2",
+        chunk_frames=[12, 24],
+        left_context_frames=36,
+    )
+    cfg = read_recipe(TINY, {**narrow, **changes}).model
+    model = W2V2LightModel(cfg).eval()
+    point = OperatingPoint.parse(point)
+    counted = count_macs(network_config(cfg), samples, point)
+    wave = torch.randn(1, samples)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: stream_through(model, wave, point))
+
+
+def test_a_streaming_model_counts_its_whole_utterance_too():
+    cfg = read_recipe(TINY, {"chunk_frames": [0, 12]}).model
+    model = W2V2LightModel(cfg).eval()
+    counted = count_macs(network_config(cfg), 20000)
+    wave = torch.randn(1, 20000)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: model.extract_features(wave))
 
 
 def test_base_layout_has_the_macs_of_the_hj_pruning_paper():
