@@ -19,11 +19,6 @@ class KeyValue(NamedTuple):
     key: Optional[Tensor]
     value: Tensor
 
-    def after(self, past: KeyValue) -> KeyValue:
-        """These frames behind those of `past`."""
-        key = None if self.key is None else torch.cat([past.key, self.key], dim=2)
-        return KeyValue(key, torch.cat([past.value, self.value], dim=2))
-
     def frames(self, start: int, end: int) -> KeyValue:
         """Frames `start` to `end` - 1."""
         return KeyValue(None if self.key is None else self.key[:, :, start:end], self.value[:, :, start:end])

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .attention import KeyValue
 from .chunks import ChunkLayout, ChunkMask
 from .config import EncoderConfig
-from .layer import EncoderLayer, LayerOutput
+from .layer import EncoderLayer, LayerOutput, Past
 from .masks import FrameMask
 from .operating_point import OperatingPoint
 from .positions import ConvPositions
@@ -111,11 +110,11 @@ class Encoder(nn.Module):
         mask,
         point: OperatingPoint,
         last_layer: Optional[int] = None,
-        past: Optional[Sequence[KeyValue]] = None,
+        past: Optional[Sequence[Past]] = None,
     ):
         """Runs the stack on squeezed frames: (x, one LayerOutput per layer that ran, their depths).
 
-        `mask` and `past` (one KeyValue per depth) are those of `EncoderLayer.forward`.
+        `mask` and `past` (one per depth) are those of `EncoderLayer.forward`.
         """
         config = self.config
         layers: List[LayerOutput] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional, Protocol, Union
 
 from torch import Tensor, nn
 
@@ -19,13 +19,18 @@ class LayerOutput(NamedTuple):
     x: (batch, time, channel), the layer's output.
     ffn: (batch, time, channel), the FFN's output before its residual (fairseq's `layer_result`).
     attention_map: (batch, heads, query time, key time) or None.
-    memory: keys and values of what was attended to, the past included; None without a past.
     """
 
     x: Tensor
     ffn: Tensor
     attention_map: Optional[Tensor]
-    memory: Optional[KeyValue] = None
+
+
+class Past(Protocol):
+    """The frames before a chunk, as a layer's attention sees them."""
+
+    def extend(self, own: KeyValue) -> KeyValue:
+        """Keys and values of the past, and behind them the chunk's own."""
 
 
 class EncoderLayer(nn.Module):
@@ -68,16 +73,16 @@ class EncoderLayer(nn.Module):
         kv_pool: int = 1,
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
-        past: Optional[KeyValue] = None,
+        past: Optional[Past] = None,
     ) -> LayerOutput:
         """Transforms `x` (batch, time, channel).
 
-        `mask` marks its valid frames, and which of them may attend to which (None: all to all). `past` are the keys
-        and values of frames before `x` that it attends to as well.
+        `mask` marks its valid frames, and which of them may attend to which (None: all to all). `past` are frames
+        before `x` that it attends to as well.
         """
         hidden = self.self_attn_layer_norm(x) if self.norm_first else x
         memory = self.self_attn.keys_values(mean_pool(hidden, kv_pool, mask), needs_key=attention_map is None)
-        memory = memory if past is None else memory.after(past)
+        memory = memory if past is None else past.extend(memory)
         hidden, attention_map = self.self_attn.attend(
             mean_pool(hidden, query_pool, mask),
             memory,
@@ -94,4 +99,4 @@ class EncoderLayer(nn.Module):
         x = x + self.dropout(ffn)
         if not self.norm_first:
             x = self.final_layer_norm(x)
-        return LayerOutput(x, ffn, attention_map, None if past is None else memory)
+        return LayerOutput(x, ffn, attention_map)

@@ -20,6 +20,57 @@ from .operating_point import OperatingPoint
 from .squeeze import squeeze
 
 
+class Memory:
+    """The newest keys and values of one layer, (batch, heads, size, head dim): `key` (None: not kept) and `value`.
+
+    A value as far as its users see. Inside, later frames are written behind it into the same storage, so that a step
+    copies only its own; a state that is gone on with a second time finds its place taken, and moves to new storage.
+    """
+
+    def __init__(self, storage: KeyValue, size: int, end: Optional[int] = None, written: Optional[List[int]] = None):
+        self._storage = storage
+        self._size = size
+        self._end = storage.value.size(2) if end is None else end
+        # shared by all that write into this storage: how far it is taken
+        self._written = [self._end] if written is None else written
+
+    @property
+    def key(self) -> Optional[Tensor]:
+        return self._storage.frames(self._end - self._size, self._end).key
+
+    @property
+    def value(self) -> Tensor:
+        return self._storage.frames(self._end - self._size, self._end).value
+
+    def append(self, own: KeyValue, known: int, kept: int) -> Tuple[KeyValue, Memory]:
+        """The newest `known` frames with all of `own` behind them, and the memory that keeps `kept` frames of `own`."""
+        frames = own.value.size(2)
+        place = self
+        if self._written[0] != self._end or self._end + frames > self._storage.value.size(2):
+            place = self._moved(self._size + max(self._size, 4 * frames))
+        storage, end = place._storage, place._end
+        for part, new in zip(storage, own):
+            if part is not None:
+                part[:, :, end : end + frames] = new
+        place._written[0] = end + kept
+        return storage.frames(end - known, end + frames), Memory(storage, self._size, end + kept, place._written)
+
+    def row(self, row: int) -> Memory:
+        """That of one stream of the batch; a view."""
+        storage = KeyValue(*(None if part is None else part[row : row + 1] for part in self._storage))
+        return Memory(storage, self._size, self._end, self._written)
+
+    def _moved(self, room: int) -> Memory:
+        parts = []
+        for part in (self.key, self.value):
+            if part is not None:
+                storage = part.new_empty(part.size(0), part.size(1), room, part.size(3))
+                storage[:, :, : self._size] = part
+                part = storage
+            parts.append(part)
+        return Memory(KeyValue(*parts), self._size, self._size)
+
+
 @dataclass(frozen=True, eq=False)
 class StreamState:
     """What a batch of streams remembers between two chunks; of constant size but for `ahead`, empty at first.
@@ -34,7 +85,7 @@ class StreamState:
     samples: Tensor
     ahead: Tensor
     frames: Tensor
-    memory: Tuple[KeyValue, ...]
+    memory: Tuple[Memory, ...]
     heard: Tuple[int, ...]
     origin: Optional[Tuple[StreamState, int]] = field(default=None, repr=False)
 
@@ -67,10 +118,7 @@ class StreamState:
                 self.samples[row : row + 1],
                 self.ahead[row : row + 1],
                 self.frames[row : row + 1],
-                tuple(
-                    KeyValue(None if layer.key is None else layer.key[row : row + 1], layer.value[row : row + 1])
-                    for layer in self.memory
-                ),
+                tuple(layer.row(row) for layer in self.memory),
                 (heard,),
                 origin=(self, row),
             )
@@ -91,13 +139,28 @@ class StreamState:
     @classmethod
     def from_dict(cls, saved: Dict[str, Any]) -> StreamState:
         """The state that `to_dict` saved."""
-        memory = tuple(KeyValue(key, value) for key, value in zip(saved["keys"], saved["values"]))
+        memory = tuple(
+            Memory(KeyValue(key, value), value.size(2)) for key, value in zip(saved["keys"], saved["values"])
+        )
         return cls(saved["samples"], saved["ahead"], saved["frames"], memory, tuple(saved["heard"]))
 
 
-def _stack_memory(layers: Sequence[KeyValue]) -> KeyValue:
+def _stack_memory(layers: Sequence[Memory]) -> Memory:
     key = None if layers[0].key is None else torch.cat([layer.key for layer in layers])
-    return KeyValue(key, torch.cat([layer.value for layer in layers]))
+    value = torch.cat([layer.value for layer in layers])
+    return Memory(KeyValue(key, value), value.size(2))
+
+
+class _LayerPast:
+    """What one layer is given in a step: its memory, of which `known` frames are real; and what it leaves behind."""
+
+    def __init__(self, memory: Memory, known: int, kept: int):
+        self.memory = memory
+        self._known, self._kept = known, kept
+
+    def extend(self, own: KeyValue) -> KeyValue:
+        together, self.memory = self.memory.append(own, self._known, self._kept)
+        return together
 
 
 class _PastMask:
@@ -151,7 +214,8 @@ class Stream:
         for depth in range(config.depth):
             frames = config.left_context // self.point.squeeze // self.point.kv_pool(depth)
             empty = zeros(config.heads, frames, config.dim // config.heads)
-            memory.append(KeyValue(empty if depth % config.attention_map_every == 0 else None, empty))
+            key = empty if depth % config.attention_map_every == 0 else None
+            memory.append(Memory(KeyValue(key, empty), frames))
         return StreamState(
             zeros(config.frontend_padding),
             zeros(0, config.dim),
@@ -200,8 +264,8 @@ class Stream:
     def _run(self, x: Tensor, frames: int, state: StreamState) -> Tuple[Tensor, StreamState]:
         """Encodes the first `frames` frames of `x`, a chunk and its look-ahead."""
         config, point, encoder = self.config, self.point, self.backbone.encoder
-        past = torch.cat([state.frames, x[:, :frames]], dim=1)
-        new = replace(state, origin=None, ahead=x[:, frames:], frames=past[:, past.size(1) - state.frames.size(1) :])
+        before = torch.cat([state.frames, x[:, :frames]], dim=1)[:, frames:]
+        new = replace(state, origin=None, ahead=x[:, frames:], frames=before)
         drop_tail = config.squeeze_tail == "drop"
         if drop_tail and x.size(1) < point.squeeze and any(state.heard):
             return torch.zeros_like(x), new
@@ -212,31 +276,20 @@ class Stream:
         own = pooled_length(frames, point.squeeze, drop_tail)
         most = config.left_context // point.squeeze
         known = [min(heard, most) for heard in state.heard]
-        memory = [
-            layer.frames(layer.value.size(2) - pooled_length(max(known), point.kv_pool(depth)), layer.value.size(2))
-            for depth, layer in enumerate(state.memory)
+        past = [
+            _LayerPast(memory, *(pooled_length(count, point.kv_pool(depth)) for count in (max(known), own)))
+            for depth, memory in enumerate(state.memory)
         ]
         mask = None
         if min(known) < max(known):
             missing = torch.tensor([max(known) - frames for frames in known], device=x.device)
             mask = _PastMask(missing, max(known) + hidden.size(1))
-        hidden, layers, _ = encoder.run_layers(hidden, mask, point, past=memory)
+        hidden, _, _ = encoder.run_layers(hidden, mask, point, past=past)
         hidden = hidden[:, :own]
 
         if config.norm_first:
             hidden = encoder.layer_norm(hidden)
         if point.squeeze > 1:
             hidden = encoder.upsample(hidden, point.squeeze, frames)
-        kept = []
-        for depth, (layer, before) in enumerate(zip(layers, state.memory)):
-            known_keys = memory[depth].value.size(2)
-            kept.append(_newest(before, layer.memory, known_keys, pooled_length(own, point.kv_pool(depth))))
-        return hidden, replace(new, memory=tuple(kept), heard=tuple(heard + own for heard in state.heard))
-
-
-def _newest(before: KeyValue, now: KeyValue, known: int, own: int) -> KeyValue:
-    """As many of the newest keys and values as `before` has; `now` holds `known` of those, then `own` new ones."""
-    size = before.value.size(2)
-    if known + own >= size:
-        return now.frames(known + own - size, known + own)
-    return now.frames(known, known + own).after(before.frames(own, size))
+        memory = tuple(layer.memory for layer in past)
+        return hidden, replace(new, memory=memory, heard=tuple(heard + own for heard in state.heard))

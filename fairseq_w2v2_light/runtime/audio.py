@@ -16,6 +16,8 @@ import soundfile
 
 _BYTES_PER_SAMPLE = 2
 _FULL_SCALE = 32768
+# integers of 32 bits that nobody scaled; the square of 2**64 is beyond float32
+_LARGEST_SAMPLE = 2.0**31
 _LARGEST_READ = 1 << 20
 # Raw samples start with one of these by an accident of 1 in 2**32 at most.
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
@@ -69,7 +71,7 @@ def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int) -
     Returns an iterator over (time,) float32 at `sample_rate` Hz: channels averaged, 16-bit samples divided by 32768,
     `block_seconds` a block (the last is shorter; resampled ones vary). Raises FileNotFoundError, and ValueError for
     what is not audio and for another rate where soxr is missing, both at once; ValueError while reading for samples
-    that are NaN or infinite or cannot be decoded.
+    that are NaN, infinite or huge or cannot be decoded.
     """
     block = block_length(block_seconds, sample_rate)
     file = _open(path)
@@ -123,6 +125,11 @@ def resampled_blocks(
     return _resample(blocks, soxr.ResampleStream(rate, new_rate, 1, dtype="float32"))
 
 
+def is_audio(samples: np.ndarray) -> np.ndarray:
+    """Which samples are finite and not so large that a network would make NaN of them."""
+    return np.abs(samples) <= _LARGEST_SAMPLE
+
+
 def block_length(seconds: float, sample_rate: int) -> int:
     """Samples of a block of that many seconds: 1 or more. Raises ValueError unless `seconds` is positive and finite."""
     if not (seconds > 0 and math.isfinite(seconds)):
@@ -155,10 +162,10 @@ def _file_blocks(file: soundfile.SoundFile, path: Union[str, Path], block: int) 
                 raise ValueError(f"{path}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
             if not len(samples):
                 return
-            bad = np.flatnonzero(~np.isfinite(samples).all(axis=1))
+            bad = np.flatnonzero(~is_audio(samples).all(axis=1))
             if len(bad):
                 second = (read + bad[0]) / file.samplerate
-                raise ValueError(f"{path}: found a NaN or infinite sample at {second:.3f} s, expected finite samples")
+                raise ValueError(f"{path}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
             read += len(samples)
             # channel by channel: numpy adds up a row in an order that depends on the size of the block
             yield sum(samples.T) / np.float32(samples.shape[1])

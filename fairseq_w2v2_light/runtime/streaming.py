@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..nn.operating_point import OperatingPoint
 from ..nn.streaming import Stream, StreamState
+from .audio import is_audio
 from .beam import Token
 from .endpoint import Endpointing, advance_segments
 from .incremental import BeamState, DecoderState, GreedyState, decoder_from_dict
@@ -191,16 +192,15 @@ class StreamingRecognizer:
     def accept(self, samples: Samples) -> Partial:
         """Hears more of the recogniser's own stream, `self.state`: (n,) samples, floats in [-1, 1] or 16-bit integers.
 
-        Raises ValueError for samples of another shape, NaN and infinite ones.
+        Raises ValueError for samples of another shape, NaN, infinite and huge ones; nothing of such a block is heard.
         """
         (self.state,), (partial,) = self.accept_many([self.state], [samples])
         return partial
 
     def finish(self) -> Final:
         """Ends the recogniser's own stream: the whole transcript. The next `accept` begins another one."""
-        final = self.finish_state(self.state)
-        self.state = self.start()
-        return final
+        state, self.state = self.state, self.start()
+        return self.finish_state(state)
 
     def accept_many(
         self, states: Sequence[StreamingState], blocks: Sequence[Samples]
@@ -280,7 +280,10 @@ class StreamingRecognizer:
 
 
 def _as_samples(block: Samples) -> np.ndarray:
-    block = block.detach().cpu().numpy() if isinstance(block, Tensor) else np.asarray(block)
+    if isinstance(block, Tensor):
+        block = block.detach().cpu()
+        block = (block.float() if block.is_floating_point() else block).numpy()  # numpy knows no bfloat16
+    block = np.asarray(block)
     if block.ndim != 1:
         raise ValueError(f"samples have shape {block.shape}; expected (n,), one channel")
     if block.dtype == np.int16:
@@ -289,8 +292,10 @@ def _as_samples(block: Samples) -> np.ndarray:
         raise ValueError(f"samples are {block.dtype}; expected floats in [-1, 1] or 16-bit integers")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         block = block.astype(np.float32)
-    if not np.isfinite(block).all():
-        raise ValueError("samples: found NaN or infinite ones, expected finite samples; mend the source of the audio")
+    if not is_audio(block).all():
+        raise ValueError(
+            "samples: found NaN, infinite or huge ones, expected floats in [-1, 1]; mend the source of the audio"
+        )
     return block
 
 
