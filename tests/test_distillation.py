@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
+from noise_corpus import write_noise_corpus
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.cli.infer import infer
@@ -49,18 +48,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Twelve noise utterances of one to two seconds, with manifests and letter labels."""
-    root = tmp_path_factory.mktemp("noise")
-    generator = np.random.RandomState(0)
-    sizes = generator.randint(16000, 32000, size=12)
-    for index, size in enumerate(sizes):
-        soundfile.write(str(root / f"{index}.wav"), generator.randn(size) * 0.1, 16000)
-    lines = "".join(f"{index}.wav\t{size}\n" for index, size in enumerate(sizes))
-    for split in ("train", "valid", "test"):
-        (root / f"{split}.tsv").write_text(f"{root}\n{lines}")
-        (root / f"{split}.ltr").write_text("A B | A |\n" * len(sizes))
-    (root / "dict.ltr.txt").write_text("| 2\nA 2\nB 1\n")
-    return root
+    return write_noise_corpus(tmp_path_factory.mktemp("noise"))
 
 
 RANK_SCRIPT = """

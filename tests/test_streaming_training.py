@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 import torch
+from noise_corpus import write_noise_corpus
 
 from fairseq_w2v2_light import compat
 from fairseq_w2v2_light.cli.infer import infer
@@ -40,19 +40,7 @@ POSITIONS = "w2v_encoder.w2v_model.encoder.pos_conv.0.weight_"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Eight noise utterances of one to two seconds, with manifests and letter labels."""
-    root = tmp_path_factory.mktemp("noise")
-    generator = np.random.RandomState(0)
-    sizes = generator.randint(16000, 32000, size=8)
-    for index, size in enumerate(sizes):
-        loudness = np.repeat(generator.rand(40), 800)[:size]
-        soundfile.write(str(root / f"{index}.wav"), generator.randn(size) * loudness * 0.3, 16000)
-    lines = "".join(f"{index}.wav\t{size}\n" for index, size in enumerate(sizes))
-    for split in ("train", "valid", "test"):
-        (root / f"{split}.tsv").write_text(f"{root}\n{lines}")
-        (root / f"{split}.ltr").write_text("A B | A |\n" * len(sizes))
-    (root / "dict.ltr.txt").write_text("| 2\nA 2\nB 1\n")
-    return root
+    return write_noise_corpus(tmp_path_factory.mktemp("noise"), 8)
 
 
 def train(config, corpus, save_dir, *overrides):

@@ -10,7 +10,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("source", help="a recipe (YAML path, or name such as pretraining/sew_tiny) or a checkpoint")
     parser.add_argument("overrides", nargs="*", help="model.KEY=VALUE, e.g. model.unique_layers=12")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of 16 kHz audio (default: 10)")
-    parser.add_argument("--operating-point", default="", help="e.g. s2q1k2 (default: the model's own)")
+    parser.add_argument(
+        "--operating-point", default="", help="e.g. s2q1k2, streaming s1q1k1c24 (default: the model's own)"
+    )
     parser.add_argument(
         "--vocabulary", type=int, help=f"labels of the CTC head, for fine-tuning recipes (default: {LETTERS})"
     )

@@ -50,7 +50,7 @@ def add_arguments(parser) -> None:
         "--endpoint-silence",
         type=float,
         metavar="SECONDS",
-        help="close a segment after so much silence; 0: never (default: the recogniser's own)",
+        help="close a segment after so much silence; 0: never (default: 1)",
     )
     parser.add_argument("--dictionary", metavar="FILE", help="dict.ltr.txt, for a checkpoint that holds none")
     parser.add_argument(

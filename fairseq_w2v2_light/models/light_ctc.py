@@ -206,8 +206,8 @@ def _make_causal(start: EncoderCheckpoint) -> None:
     kernel = start.cfg.model.conv_pos
     make_causal(start)
     logger.info(
-        f"streaming: the positions' {kernel} taps became {start.cfg.model.conv_pos} causal ones (the present frame's "
-        "stands in for the future)"
+        f"streaming: the positions' {kernel} taps became {start.cfg.model.conv_pos} causal ones (those of the "
+        "future were added to the present frame's, k frames ahead by 0.7^k)"
     )
 
 

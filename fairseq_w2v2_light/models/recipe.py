@@ -62,6 +62,8 @@ def check_type(name: str, key: str, value: Any, where: str) -> None:
         OmegaConf.merge(schema, {key: value})
     except ValueError as error:  # omegaconf's ValidationError; its further lines name its own classes
         reason = str(error).splitlines()[0]
+        if OmegaConf.is_list(schema[key]):
+            reason = f"expected a list, like [{value}]" if isinstance(value, (int, float)) else reason
         raise ValueError(f"{where}: model.{key}={value}: {reason}; the default is {schema[key]!r}") from error
 
 
@@ -91,9 +93,16 @@ def apply_overrides(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
         if isinstance(model[key], str):
             values[key] = text.strip("'\"")
         else:
-            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+            values[key] = _parse_value(key, text)
             check_type(model._name, key, values[key], "override")
     return OmegaConf.merge(model, OmegaConf.create(values))
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except Exception as error:  # YAML's errors have no common base with omegaconf's
+        raise ValueError(f"override 'model.{key}={text}': not readable as a YAML value; a list is [24]") from error
 
 
 def _resolved_task(cfg: DictConfig) -> Dict[str, Any]:

@@ -204,6 +204,9 @@ class Stream:
         self.hop = receptive_field(config.conv_layers)[1]
         self.chunk_samples = self.point.chunk * self.hop
         self.lookahead_samples = config.lookahead * self.hop
+        self._remembered = [
+            config.left_context // self.point.squeeze // self.point.kv_pool(depth) for depth in range(config.depth)
+        ]
 
     def start(self, streams: int = 1) -> StreamState:
         """The state before the first sample."""
@@ -211,8 +214,7 @@ class Stream:
         dtype = next(self.backbone.parameters()).dtype
         zeros = lambda *shape: torch.zeros(streams, *shape, device=device, dtype=dtype)  # noqa: E731
         memory = []
-        for depth in range(config.depth):
-            frames = config.left_context // self.point.squeeze // self.point.kv_pool(depth)
+        for depth, frames in enumerate(self._remembered):
             empty = zeros(config.heads, frames, config.dim // config.heads)
             key = empty if depth % config.attention_map_every == 0 else None
             memory.append(Memory(KeyValue(key, empty), frames))
@@ -253,6 +255,11 @@ class Stream:
 
     def _hear(self, samples: Tensor, state: StreamState) -> Tuple[Tensor, StreamState]:
         """All frames (batch, time, dim) that have not been a chunk's own yet, and the state without them."""
+        if [memory.value.size(2) for memory in state.memory] != self._remembered:
+            raise ValueError(
+                f"the state is of another model, or another operating point than '{self.point}'; go on with the one "
+                "that it was made with"
+            )
         whole = samples.size(1) // self.hop * self.hop
         wave = torch.cat([state.samples, samples[:, :whole]], dim=1)
         if not whole:

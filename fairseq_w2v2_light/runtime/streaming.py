@@ -12,7 +12,7 @@ step as one batch (`accept_many`), and a state can be kept, saved and gone on wi
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -108,7 +108,10 @@ class StreamingState:
 
     @classmethod
     def from_dict(cls, saved: Dict[str, Any]) -> StreamingState:
-        """The state that `to_dict` saved."""
+        """The state that `to_dict` saved; raises ValueError for anything else."""
+        missing = [field.name for field in fields(cls) if field.name not in saved]
+        if missing:
+            raise ValueError(f"a saved stream without {missing}: it was not saved by StreamingState.to_dict")
         return cls(
             StreamState.from_dict(saved["network"]),
             decoder_from_dict(saved["decoder"]),

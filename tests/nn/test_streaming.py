@@ -295,6 +295,12 @@ def stream(tiny):
     return Stream(tiny.backbone(**STREAMING), OperatingPoint.parse("s2q1k2c4"))
 
 
+def test_a_state_of_another_operating_point_is_refused(tiny, stream):
+    other = Stream(stream.backbone, OperatingPoint.parse("s1q1k1c4"))
+    with pytest.raises(ValueError, match="another operating point than 's2q1k2c4'"):
+        stream.finish(torch.zeros(1, 0), other.start())
+
+
 def after(stream, state, chunks, seed):
     """(frames, state) after that many more chunks of noise."""
     frames = []
@@ -321,13 +327,46 @@ def test_a_state_never_changes(stream, streams):
     _, state = after(stream, stream.start(streams), 3, seed=0)
     before = state.to_dict()
     first, one = after(stream, state, 3, seed=10)
+    then = one.to_dict()
     after(stream, state, 2, seed=20)
     for row in state.split():
         stream.finish(noise(33)[None], row)
         after(stream, row, 2, seed=30)
     assert same(state.to_dict(), before)
     again, two = after(stream, state, 3, seed=10)
-    assert torch.equal(first, again) and same(one.to_dict(), two.to_dict())
+    assert torch.equal(first, again) and same(then, two.to_dict()) and same(then, one.to_dict())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_state_ever_made_can_be_gone_on_with(stream, seed):
+    """Alone, or stacked with others of any age, split or not: states may share storage, but nobody can tell."""
+    generator = random.Random(seed)
+    made = [(stream.start(), (), None)]  # state, the seeds of the noise that it heard, its copy
+
+    def expected(history):
+        state = stream.start()
+        for noise_seed in history:
+            frames, state = after(stream, state, 1, noise_seed)
+        return frames, state.to_dict()
+
+    for step in range(40):
+        first = len(generator.choice(made)[1]) > 0
+        pool = [entry for entry in made if (len(entry[1]) > 0) == first]
+        chosen = [generator.choice(pool) for _ in range(generator.choice((1, 1, 2, 3)))]
+        if generator.random() < 0.3:  # go on with the rows of one batch
+            batches = [entry[0].origin and entry[0].origin[0] for entry in pool]
+            chosen = [entry for entry, owner in zip(pool, batches) if owner is batches[-1] is not None] or chosen
+        batch = StreamState.stack([entry[0] for entry in chosen])
+        wave = noise(stream.samples_needed(batch), step)[None].expand(len(chosen), -1)
+        frames, batch = stream.step(wave, batch)
+        for row, (state, entry) in enumerate(zip(batch.split(), chosen)):
+            history = (*entry[1], step)
+            assert_close(frames[row : row + 1], expected(history)[0])
+            made.append((state, history, state.to_dict()))
+    for state, history, copy in made[1:]:
+        assert same(state.to_dict(), copy)
+        for found, correct in zip(copy["values"], expected(history)[1]["values"]):
+            assert_close(found, correct)
 
 
 def test_what_was_saved_is_not_the_state_itself(stream):

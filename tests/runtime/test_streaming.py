@@ -313,6 +313,11 @@ def test_200_chunks_leave_a_state_of_the_same_size(checkpoints, kind):
 # ---- silence
 
 
+def test_something_else_than_a_saved_state():
+    with pytest.raises(ValueError, match="'network', 'decoder'.*not saved by StreamingState.to_dict"):
+        StreamingState.from_dict({"samples": torch.zeros(0)})
+
+
 @pytest.fixture
 def quiet(checkpoints):
     """A model whose blank wins wherever it hears nothing, and letters where it does not."""
@@ -382,6 +387,8 @@ def test_samples_of_every_kind_are_the_same(checkpoints):
     for wave in (integers, floats.astype(np.float64), torch.from_numpy(floats), torch.from_numpy(integers)):
         assert transcribe(streaming, wave, (200,))[0] == expected
     assert transcribe(streaming, floats.tolist(), (200,))[0] == expected
+    rounded = torch.from_numpy(floats).bfloat16()
+    assert transcribe(streaming, rounded, (200,))[0] == transcribe(streaming, rounded.float(), (200,))[0]
 
 
 @pytest.mark.parametrize(
@@ -392,9 +399,10 @@ def test_samples_of_every_kind_are_the_same(checkpoints):
         (np.zeros(4, dtype=np.int32), "samples are int32; expected floats in .* or 16-bit integers"),
         ([1, 2, 3], "samples are int64; expected floats"),
         (np.zeros(3, dtype=complex), "samples are complex128"),
-        (np.array([0, np.nan], dtype=np.float32), "found NaN or infinite ones, expected finite samples"),
-        (np.array([0, np.inf]), "found NaN or infinite ones"),
-        (np.array([0, 1e300]), "found NaN or infinite ones"),
+        (np.array([0, np.nan], dtype=np.float32), "found NaN, infinite or huge ones, expected floats in"),
+        (np.array([0, np.inf]), "found NaN, infinite or huge ones"),
+        (np.array([0, 1e300]), "found NaN, infinite or huge ones"),
+        (np.array([0, 1e30]), "found NaN, infinite or huge ones"),
     ),
 )
 def test_bad_samples_are_refused_and_leave_the_stream_as_it_was(checkpoints, samples, message):
@@ -404,6 +412,16 @@ def test_bad_samples_are_refused_and_leave_the_stream_as_it_was(checkpoints, sam
     with pytest.raises(ValueError, match=message):
         streaming.accept(samples)
     assert streaming.state is state
+
+
+def test_a_finish_that_fails_begins_another_stream(checkpoints):
+    streaming = recognizer(checkpoints)
+    before = streaming.finish()
+    streaming.accept(speech(1000))
+    streaming.state.samples[:] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        streaming.finish()
+    assert streaming.finish() == before
 
 
 def test_as_many_blocks_as_streams(checkpoints):

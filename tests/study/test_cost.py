@@ -248,6 +248,8 @@ def test_text_overrides_are_taken_as_they_stand():
         ([TINY, "--operating-point", "s9q1k1"], "not trained with squeeze factor 9"),
         ([TINY, "--operating-point", "fast"], "operating point 'fast': expected sSqQkK"),
         ([TINY, "--seconds", "0"], "--seconds: found 0"),
+        ([TINY, "model.chunk_frames=[24]x"], "override 'model.chunk_frames=[24]x': not readable as a YAML value"),
+        ([TINY, "model.chunk_frames=24"], "model.chunk_frames=24: expected a list, like [24]"),
         ([TINY, "--seconds", "0.01"], "too short"),
     ],
 )
