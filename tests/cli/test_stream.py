@@ -263,7 +263,8 @@ def test_bad_audio_prints_what_was_heard_before_the_error(recognizer, tmp_path, 
     assert call(tmp_path / "a.wav") == 2
     captured = capsys.readouterr()
     assert captured.out == LINES
-    assert captured.err.startswith("w2v2-light stream: error: ") and "NaN, infinite or huge sample at 0.544 s" in captured.err
+    assert captured.err.startswith("w2v2-light stream: error: ")
+    assert "NaN, infinite or huge sample at 0.544 s" in captured.err
 
 
 def test_an_error_of_the_recogniser_is_not_taken_for_one_of_the_audio(recognizer, wav, capsys):
