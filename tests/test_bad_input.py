@@ -286,7 +286,9 @@ def test_a_destination_that_cannot_be_made_is_named(data, capsys):
 def test_a_killed_prepare_leaves_no_folder(data, tmp_path, kill):
     out = tmp_path / "out"
     program = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        # a shell's background jobs, this suite among them, start with it ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fairseq_w2v2_light.data import corpus\n"
         "from fairseq_w2v2_light.cli.main import main\n"
         "def die(*args):\n"
