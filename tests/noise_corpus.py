@@ -1,7 +1,27 @@
-"""A corpus of noise that trainings of a few updates run on."""
+"""A corpus of noise that trainings of a few updates run on, and overrides that make their models tiny."""
 
 import numpy as np
 import soundfile
+
+SMALL_RUN = [
+    "common.log_interval=1",
+    "dataset.num_workers=0",
+    "dataset.disable_validation=true",
+    "dataset.max_tokens=48000",
+]
+# what of a pre-training recipe is too large for a test
+TINY_PRETRAINING = [
+    "model.encoder_embed_dim=32",
+    "model.encoder_ffn_embed_dim=64",
+    "model.encoder_layers=2",
+    "model.final_dim=16",
+    "model.latent_vars=8",
+    "model.conv_pos=8",
+    "model.conv_pos_groups=4",
+    "model.conv_feature_layers='[(16,10,5),(16,8,4),(16,4,2),(16,4,2),(16,4,4)]'",
+    "model.num_negatives=5",
+    "task.min_sample_size=8000",
+]
 
 
 def write_noise_corpus(root, utterances=12):

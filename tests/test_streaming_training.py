@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from noise_corpus import write_noise_corpus
+from noise_corpus import SMALL_RUN, TINY_PRETRAINING, write_noise_corpus
 
 from fairseq_w2v2_light import compat
 from fairseq_w2v2_light.cli.infer import infer
@@ -16,24 +16,9 @@ from fairseq_w2v2_light.nn.positions import causal_weights
 from fairseq_w2v2_light.paths import config_dir, user_dir
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
 
-SMALL = [
-    "common.log_interval=1",
-    "dataset.num_workers=0",
-    "dataset.disable_validation=true",
-    "dataset.max_tokens=48000",
-]
 TINY = [
+    *TINY_PRETRAINING,
     "model.extractor_mode=layer_norm",
-    "model.encoder_embed_dim=32",
-    "model.encoder_ffn_embed_dim=64",
-    "model.encoder_layers=2",
-    "model.final_dim=16",
-    "model.latent_vars=8",
-    "model.conv_pos=8",
-    "model.conv_pos_groups=4",
-    "model.conv_feature_layers='[(16,10,5),(16,8,4),(16,4,2),(16,4,2),(16,4,4)]'",
-    "model.num_negatives=5",
-    "task.min_sample_size=8000",
 ]
 POSITIONS = "w2v_encoder.w2v_model.encoder.pos_conv.0.weight_"
 
@@ -53,7 +38,7 @@ def train(config, corpus, save_dir, *overrides):
         "task.normalize=false",
         f"checkpoint.save_dir={save_dir}",
         f"hydra.run.dir={save_dir}/hydra",
-        *SMALL,
+        *SMALL_RUN,
         *overrides,
         "--config-dir",
         str(config.parent),

@@ -14,29 +14,17 @@ import pytest
 import soundfile
 import torch
 from fairseq import options
-from noise_corpus import write_noise_corpus
+from noise_corpus import SMALL_RUN, TINY_PRETRAINING, write_noise_corpus
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.cli.infer import infer
 from fairseq_w2v2_light.paths import config_dir, user_dir
 
 TINY = [
-    "common.log_interval=1",
-    "dataset.num_workers=0",
-    "dataset.disable_validation=true",
-    "dataset.max_tokens=48000",
-    "model.encoder_embed_dim=32",
-    "model.encoder_ffn_embed_dim=64",
-    "model.encoder_layers=2",
-    "model.final_dim=16",
-    "model.latent_vars=8",
-    "model.conv_pos=8",
-    "model.conv_pos_groups=4",
-    "model.conv_feature_layers='[(16,10,5),(16,8,4),(16,4,2),(16,4,2),(16,4,4)]'",
-    "model.num_negatives=5",
+    *SMALL_RUN,
+    *TINY_PRETRAINING,
     "model.encoder_layerdrop=0.2",
     "model.dropout=0.1",
-    "task.min_sample_size=8000",
 ]
 
 RANK_SCRIPT = """

@@ -227,13 +227,8 @@ def _prepare_positions(start: EncoderCheckpoint, teacher: EncoderConfig, model: 
     if taps != causal_kernel(teacher.conv_pos):
         start.model = {name: value for name, value in start.model.items() if part_of(name) != "positions"}
         return [f"streaming: the positions start anew, with {taps} causal taps"]
-    make_causal(start)
-    if model.config.dim != teacher.dim:
-        return []
-    return [
-        f"streaming: the positions' {teacher.conv_pos} taps became {taps} causal ones (the present frame's stands in "
-        "for the future)"
-    ]
+    note = make_causal(start)
+    return [note] if model.config.dim == teacher.dim else []
 
 
 def _prepare_audio(start: EncoderCheckpoint, model: W2V2LightModel, spec: StudentSpec) -> List[str]:

@@ -12,7 +12,7 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .. import compat
-from ..nn.positions import causal_kernel, causal_weights
+from ..nn.positions import FRAME_CORRELATION, causal_kernel, causal_weights
 
 ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
 STOCK_ENCODER = "wav2vec2"
@@ -137,14 +137,20 @@ def update_model(cfg: DictConfig, changes: Dict[str, Any]) -> None:
             cfg.model[key] = value
 
 
-def make_causal(start: EncoderCheckpoint) -> None:
+def make_causal(start: EncoderCheckpoint) -> str:
     """Turns the centred convolutional positions of a checkpoint into causal ones, in place: weights and `conv_pos`.
 
-    What every streaming model needs first; nn.positions.causal_weights says what becomes of the taps.
+    What every streaming model needs first; nn.positions.causal_weights says what becomes of the taps. Returns a line
+    that tells the user.
     """
+    kernel = start.cfg.model.conv_pos
     g, v = (f"encoder.pos_conv.0.weight_{part}" for part in "gv")
     start.model[g], start.model[v] = causal_weights(start.model[g], start.model[v])
-    update_model(start.cfg, {"conv_pos": causal_kernel(start.cfg.model.conv_pos)})
+    update_model(start.cfg, {"conv_pos": causal_kernel(kernel)})
+    return (
+        f"streaming: the positions' {kernel} taps became {start.cfg.model.conv_pos} causal ones (those of the future "
+        f"were added to the present frame's, k frames ahead by {FRAME_CORRELATION}^k)"
+    )
 
 
 @contextlib.contextmanager

@@ -203,12 +203,7 @@ def _make_causal(start: EncoderCheckpoint) -> None:
             "model.chunk_frames: found no chunk, but the checkpoint is a streaming model, whose causal positions "
             "cannot become centred ones; start from an offline checkpoint, or add 0 (the whole utterance) to its chunks"
         )
-    kernel = start.cfg.model.conv_pos
-    make_causal(start)
-    logger.info(
-        f"streaming: the positions' {kernel} taps became {start.cfg.model.conv_pos} causal ones (those of the "
-        "future were added to the present frame's, k frames ahead by 0.7^k)"
-    )
+    logger.info(make_causal(start))
 
 
 def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:

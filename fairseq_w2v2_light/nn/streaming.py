@@ -21,7 +21,7 @@ from .squeeze import squeeze
 
 
 class Memory:
-    """The newest keys and values of one layer, (batch, heads, size, head dim): `key` (None: not kept) and `value`.
+    """The newest keys and values of one layer, (batch, heads, `size`, head dim): `key` (None: not kept), `value`.
 
     A value as far as its users see. Inside, later frames are written behind it into the same storage, so that a step
     copies only its own; a state that is gone on with a second time finds its place taken, and moves to new storage.
@@ -29,46 +29,46 @@ class Memory:
 
     def __init__(self, storage: KeyValue, size: int, end: Optional[int] = None, written: Optional[List[int]] = None):
         self._storage = storage
-        self._size = size
+        self.size = size
         self._end = storage.value.size(2) if end is None else end
         # shared by all that write into this storage: how far it is taken
         self._written = [self._end] if written is None else written
 
     @property
     def key(self) -> Optional[Tensor]:
-        return self._storage.frames(self._end - self._size, self._end).key
+        return self._storage.frames(self._end - self.size, self._end).key
 
     @property
     def value(self) -> Tensor:
-        return self._storage.frames(self._end - self._size, self._end).value
+        return self._storage.frames(self._end - self.size, self._end).value
 
     def append(self, own: KeyValue, known: int, kept: int) -> Tuple[KeyValue, Memory]:
         """The newest `known` frames with all of `own` behind them, and the memory that keeps `kept` frames of `own`."""
         frames = own.value.size(2)
         place = self
         if self._written[0] != self._end or self._end + frames > self._storage.value.size(2):
-            place = self._moved(self._size + max(self._size, 4 * frames))
+            place = self._moved(self.size + max(self.size, 4 * frames))
         storage, end = place._storage, place._end
         for part, new in zip(storage, own):
             if part is not None:
                 part[:, :, end : end + frames] = new
         place._written[0] = end + kept
-        return storage.frames(end - known, end + frames), Memory(storage, self._size, end + kept, place._written)
+        return storage.frames(end - known, end + frames), Memory(storage, self.size, end + kept, place._written)
 
     def row(self, row: int) -> Memory:
         """That of one stream of the batch; a view."""
         storage = KeyValue(*(None if part is None else part[row : row + 1] for part in self._storage))
-        return Memory(storage, self._size, self._end, self._written)
+        return Memory(storage, self.size, self._end, self._written)
 
     def _moved(self, room: int) -> Memory:
         parts = []
         for part in (self.key, self.value):
             if part is not None:
                 storage = part.new_empty(part.size(0), part.size(1), room, part.size(3))
-                storage[:, :, : self._size] = part
+                storage[:, :, : self.size] = part
                 part = storage
             parts.append(part)
-        return Memory(KeyValue(*parts), self._size, self._size)
+        return Memory(KeyValue(*parts), self.size, self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +255,7 @@ class Stream:
 
     def _hear(self, samples: Tensor, state: StreamState) -> Tuple[Tensor, StreamState]:
         """All frames (batch, time, dim) that have not been a chunk's own yet, and the state without them."""
-        if [memory.value.size(2) for memory in state.memory] != self._remembered:
+        if [memory.size for memory in state.memory] != self._remembered:
             raise ValueError(
                 f"the state is of another model, or another operating point than '{self.point}'; go on with the one "
                 "that it was made with"
