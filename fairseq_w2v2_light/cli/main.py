@@ -22,6 +22,7 @@ VERBS = {
     "prepare": ("prepare", "make manifests, labels and a dictionary from audio and transcripts"),
     "convert": ("convert", "turn a fairseq wav2vec 2.0 checkpoint into a w2v2_light one"),
     "student": ("student", "make a small model with layers of a large one, to distil into"),
+    "prune": ("prune", "remove what the gates of a checkpoint closed, and write a smaller one that computes the same"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),

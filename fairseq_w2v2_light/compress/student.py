@@ -10,7 +10,6 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.wav2vec.wav2vec2_asr import Linear
-from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..files import atomic_path
@@ -22,14 +21,13 @@ from ..models.checkpoint import (
     load_state,
     make_causal,
     model_name,
-    require_finite_weights,
 )
-from ..models.light_ctc import LightCtcConfig
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides
-from ..models.w2v2_light import PRETRAINING_HEADS, STREAMING_KEYS, W2V2LightModel, network_config
+from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
 from ..nn.config import EncoderConfig
 from ..nn.positions import causal_kernel
+from .checkpoint import ctc_config, fresh_state, require_weights
 
 # keys of the student's model that have an option of their own
 _OPTIONS = {
@@ -136,7 +134,7 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
     state = load_state(teacher)
     start = load_encoder(teacher)
     is_ctc = model_name(state["cfg"]) in CTC_MODELS
-    _check_teacher(start, is_ctc, teacher)
+    require_weights(start, is_ctc, teacher)
     teacher_network = network_config(start.cfg.model)
 
     chosen = parse_layers(spec.layers, teacher_network.depth) if spec.layers else ()
@@ -167,9 +165,9 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
         raise ValueError(f"--dictionary {dictionary}: '{teacher}' is a pre-trained checkpoint, which has no labels")
 
     encoder_cfg = OmegaConf.create({**OmegaConf.to_container(start.cfg), "model": OmegaConf.to_container(model_cfg)})
-    cfg = _ctc_config(state["cfg"], encoder_cfg) if is_ctc else OmegaConf.to_container(encoder_cfg, enum_to_str=True)
+    cfg = ctc_config(state["cfg"], encoder_cfg) if is_ctc else OmegaConf.to_container(encoder_cfg, enum_to_str=True)
     with atomic_path(target) as temporary:
-        torch.save(_fresh_state(cfg, weights, state.get("task_state") or {}), temporary)
+        torch.save(fresh_state(cfg, weights, state.get("task_state") or {}), temporary)
     return StudentReport(cfg["model"]["_name"], parts, layers, notes)
 
 
@@ -264,22 +262,6 @@ def _prepare_audio(start: EncoderCheckpoint, model: W2V2LightModel, spec: Studen
         f"audio: the student hears it as it is (task.normalize=false), expected at a standard deviation of {level:g}; "
         "the first convolution's weights were divided by that"
     ]
-
-
-def _check_teacher(start: EncoderCheckpoint, is_ctc: bool, teacher) -> None:
-    """Refuses a checkpoint without all weights of its own model: what it lacks would quietly start anew."""
-    if is_ctc and (start.head is None or start.head["bias"] is None):
-        raise ValueError(f"'{teacher}': a CTC checkpoint without its projection (w2v_encoder.proj)")
-    head = {f"w2v_encoder.proj.{name}": value for name, value in (start.head or {}).items()}
-    require_finite_weights({**start.model, **head}, str(teacher))
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = W2V2LightModel(start.cfg.model)
-    if is_ctc:
-        model.remove_pretraining_modules()
-    for name, value in model.state_dict().items():
-        found = tuple(start.model[name].shape) if name in start.model else "nothing"
-        if found != tuple(value.shape):
-            raise ValueError(f"'{teacher}': parameter '{name}': found {found}, expected shape {tuple(value.shape)}")
 
 
 def _copy(teacher: Dict[str, Any], student: Dict[str, Any], sources: List[int], same_heads: bool) -> Set[str]:
@@ -377,47 +359,6 @@ def _task_state(state, start: EncoderCheckpoint, dictionary: str) -> Tuple[Dict[
             "--dictionary dict.ltr.txt"
         ]
     return task_state, []
-
-
-def _ctc_config(cfg: DictConfig, encoder_cfg: DictConfig) -> Dict[str, Any]:
-    """The configuration of a light_ctc run, with the keys of the teacher's that light_ctc and audio_ctc have."""
-    sections = OmegaConf.to_container(cfg, enum_to_str=True)
-    defaults = OmegaConf.to_container(OmegaConf.structured(LightCtcConfig()), enum_to_str=True)
-    model = {**defaults, **{key: value for key, value in sections["model"].items() if key in defaults}}
-    task = sections.get("task") or {}
-    normalize = bool(encoder_cfg.task.get("normalize", False))
-    model.update(
-        _name="light_ctc",
-        w2v_args=OmegaConf.to_container(encoder_cfg, enum_to_str=True),
-        normalize=normalize,
-        data=str(task.get("data") or ""),
-        ddp_backend=(sections.get("distributed_training") or {}).get("ddp_backend") or "legacy_ddp",
-        operating_point_seed=(sections.get("common") or {}).get("seed") or 1,
-        # the encoder has its own
-        **{key: defaults[key] for key in ("w2v_path", "recipe", "recipe_overrides", "operating_point")},
-        **{key: defaults[key] for key in ("squeeze_factors", "query_pools", "kv_pools", *STREAMING_KEYS)},
-    )
-    model = {key: value for key, value in model.items() if not str(value).startswith("${")}
-    known = set(TASK_DATACLASS_REGISTRY["audio_ctc"].__dataclass_fields__)
-    task = {key: value for key, value in task.items() if key in known and value is not None}
-    task = {"data": "", "labels": "ltr", **task, "_name": "audio_ctc", "normalize": normalize}
-    return {**sections, "model": model, "task": task}
-
-
-def _fresh_state(cfg: Dict[str, Any], weights: Dict[str, Any], task_state: Dict[str, Any]) -> Dict[str, Any]:
-    """A checkpoint as fairseq's trainer writes it, before any update."""
-    return {
-        "args": None,
-        "cfg": cfg,
-        "model": weights,
-        "criterion": None,
-        "optimizer_history": [
-            {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0},
-        ],
-        "task_state": task_state,
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
-        "last_optimizer_state": None,
-    }
 
 
 def format_report(report: StudentReport) -> str:

@@ -73,6 +73,13 @@ class LightCtcConfig(Wav2Vec2CtcConfig):
         default=None,
         metadata={"help": "streaming: frames after its chunk that a frame attends to; null: as pre-trained"},
     )
+    prune_units: Optional[List[str]] = field(
+        default=None,
+        metadata={
+            "help": "put hard concrete gates on these, for criterion light_prune: conv (frontend channels), heads, ffn "
+            "(inner channels), hidden (channels between the layers); null: as in the checkpoint"
+        },
+    )
     operating_point_seed: int = field(
         default=II("common.seed"), metadata={"help": "seed of the drawn operating points, with the update number"}
     )
@@ -105,7 +112,9 @@ class LightCtcEncoder(Wav2VecEncoder):
         if cfg.w2v_args is None:
             start = self._start(cfg)
             streamed = _streams(start)
+            gated = list(start.cfg.model.prune_units) if start.model is not None else []
             update_model(start.cfg, _changes(cfg, start))
+            _check_gates(gated, list(start.cfg.model.prune_units))
             self._check_normalize(cfg, start)
             if start.model is not None and streamed != _streams(start):
                 _make_causal(start)
@@ -192,6 +201,15 @@ class LightCtcEncoder(Wav2VecEncoder):
         logger.info("the CTC projection was copied from the checkpoint")
 
 
+def _check_gates(before: List[str], units: List[str]) -> None:
+    """Gates of a checkpoint stay until it is pruned."""
+    if before and sorted(before) != sorted(units):
+        raise ValueError(
+            f"model.prune_units: found {units}, but the checkpoint has gates on {before}; `w2v2-light prune` removes "
+            "what they closed, or leave the key null to go on with them"
+        )
+
+
 def _streams(start: EncoderCheckpoint) -> bool:
     return any(start.cfg.model.chunk_frames)
 
@@ -214,7 +232,7 @@ def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
     }
     if start.model is not None:  # the weights there are
         changes["unsqueeze_factor"] = model.unsqueeze_factor or max(model.squeeze_factors)
-    for key in STREAMING_KEYS + ("squeeze_factors", "query_pools", "kv_pools"):
+    for key in STREAMING_KEYS + ("squeeze_factors", "query_pools", "kv_pools", "prune_units"):
         value = getattr(cfg, key, None)
         if value is not None:
             changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -11,9 +11,13 @@ _PREFIXES = (
     ("encoder.layer_norm.", "norms"),
     ("layer_norm.", "norms"),
     ("mask_emb", "norms"),
+    ("gates.", "gates"),
 )
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of W2V2LightModel belongs to; the mask vector is with the norms."""
+    """The part that a parameter of W2V2LightModel belongs to; the mask vector is with the norms.
+
+    Gates are "gates", which is none of PARTS: pruning removes them.
+    """
     return next((part for prefix, part in _PREFIXES if name.startswith(prefix)), "heads")

@@ -62,8 +62,8 @@ def check_type(name: str, key: str, value: Any, where: str) -> None:
         OmegaConf.merge(schema, {key: value})
     except ValueError as error:  # omegaconf's ValidationError; its further lines name its own classes
         reason = str(error).splitlines()[0]
-        if OmegaConf.is_list(schema[key]):
-            reason = f"expected a list, like [{value}]" if isinstance(value, (int, float)) else reason
+        if OmegaConf.is_list(schema[key]) and isinstance(value, (int, float, str)):
+            reason = f"expected a list, like [{str(value).strip('[] ')}]"
         raise ValueError(f"{where}: model.{key}={value}: {reason}; the default is {schema[key]!r}") from error
 
 
@@ -84,18 +84,24 @@ def parse_overrides(overrides: List[str]) -> Dict[str, str]:
 def apply_overrides(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
     """A copy of a complete model section with keys set from text: as it stands for a text key, as YAML for the others.
 
-    Raises ValueError for a key that the model does not have and for a value of another type.
+    Quotes around a text or a list, and spaces around those, do not count. Raises ValueError for a key that the model
+    does not have and for a value of another type.
     """
     values = {}
     for key, text in changes.items():
         if key not in model:
             raise ValueError(f"override 'model.{key}': the model has no such key")
         if isinstance(model[key], str):
-            values[key] = text.strip("'\"")
+            values[key] = _unquoted(text)
         else:
+            text = _unquoted(text) if OmegaConf.is_list(model[key]) else text
             values[key] = _parse_value(key, text)
             check_type(model._name, key, values[key], "override")
     return OmegaConf.merge(model, OmegaConf.create(values))
+
+
+def _unquoted(text: str) -> str:
+    return text.strip(" '\"")
 
 
 def _parse_value(key: str, text: str) -> Any:

@@ -1,6 +1,7 @@
 """`w2v2_light` and `stochastic_sew`: wav2vec 2.0 pre-training models with shared layers and stochastic compute."""
 
 import contextlib
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
@@ -18,7 +19,11 @@ from ..nn.masks import FrameMask
 from ..nn.operating_point import OperatingPoint
 from .masking import span_mask, training_randomness
 
+logger = logging.getLogger(__name__)
+
 STOCHASTIC = "stochastic"
+# the group of fairseq's composite optimizer that trains gates
+GATES_GROUP = "gates"
 STREAMING_KEYS = ("chunk_frames", "left_context_frames", "lookahead_frames")
 # parts of the model that fine-tuning takes away
 PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
@@ -92,6 +97,49 @@ class W2V2LightConfig(Wav2Vec2Config):
     lookahead_frames: int = field(
         default=0, metadata={"help": "streaming: frames after its chunk that a frame attends to"}
     )
+    layer_heads: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "attention heads of each stored layer, as pruning leaves them; 0: no attention there; empty: "
+            "encoder_attention_heads each"
+        },
+    )
+    layer_ffn: List[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "FFN width of each stored layer, as pruning leaves it; 0: no FFN there; empty: "
+            "encoder_ffn_embed_dim each"
+        },
+    )
+    head_dim: int = field(
+        default=0, metadata={"help": "channels of an attention head; 0: encoder_embed_dim / encoder_attention_heads"}
+    )
+    norm_dim: int = field(
+        default=0,
+        metadata={
+            "help": "channels over which the Transformer's LayerNorms take mean and variance, those that pruning "
+            "removed counting as zeros; 0: encoder_embed_dim"
+        },
+    )
+    conv_norm_dims: List[int] = field(
+        default_factory=list,
+        metadata={"help": "the same of the LayerNorms after each frontend layer; empty: their own channels"},
+    )
+    conv_pos_group_dims: List[int] = field(
+        default_factory=list,
+        metadata={"help": "channels in each group of the positional convolution, where pruning left them unequal"},
+    )
+    project_features: bool = field(
+        default=False,
+        metadata={"help": "have a Linear between frontend and Transformer even where both have as many channels"},
+    )
+    prune_units: List[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "put hard concrete gates on these, for criterion light_prune: conv (frontend channels), heads, ffn "
+            "(inner channels), hidden (channels between the layers); empty: no gates"
+        },
+    )
     projection: str = field(
         default="linear", metadata={"help": "pre-training heads: 'linear' (stock) or 'mlp' (SEW, with BatchNorm)"}
     )
@@ -127,6 +175,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             self.operating_point = self.check_operating_point(cfg.operating_point)
         self._copy_masking(cfg)
         self.build_heads(cfg)
+        self._prepare_gates()
 
     @classmethod
     def build_model(cls, cfg: W2V2LightConfig, task=None):
@@ -170,6 +219,28 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         self.dropout_input = nn.Dropout(cfg.dropout_input)
         self.dropout_features = nn.Dropout(cfg.dropout_features)
         self.mask_emb = nn.Parameter(torch.empty(cfg.encoder_embed_dim).uniform_())
+
+    def _prepare_gates(self) -> None:
+        """Puts the gates into an optimizer group of their own; refuses gates that could get no gradient."""
+        if self.gates is None:
+            return
+        if self.gates.conv is not None and self.feature_grad_mult <= 0:
+            raise ValueError(
+                f"model.feature_grad_mult: found {self.feature_grad_mult:g}, with which no gradient reaches the "
+                "frontend, nor its gates (model.prune_units has 'conv'); set model.feature_grad_mult=1.0, or leave "
+                "'conv' out of model.prune_units"
+            )
+        for parameter in self.gates.parameters():
+            parameter.param_group = GATES_GROUP
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        """Gives a checkpoint from before pruning the gates that this model has, all open."""
+        super().upgrade_state_dict_named(state_dict, name)
+        prefix = f"{name}.gates." if name else "gates."
+        if self.gates is None or any(key.startswith(prefix) for key in state_dict):
+            return
+        state_dict.update({f"{prefix}{key}": value for key, value in self.gates.state_dict().items()})
+        logger.info("the checkpoint has no gates; they start open, on %s", ", ".join(self.config.prune_units))
 
     def build_heads(self, cfg: W2V2LightConfig) -> None:
         """Makes the heads of pre-training anew: quantiser and projections."""
@@ -247,9 +318,10 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             self.current_operating_point() if operating_point is None else self.check_operating_point(operating_point)
         )
         _require_finite(source)
-        frames, frame_mask = self._extract_frames(source, padding_mask)
+        gates = self.gate_values()
+        frames, frame_mask = self._extract_frames(source, padding_mask, gates)
         features_pen = _mean_square(frames, frame_mask)
-        frames = self.layer_norm(frames)
+        frames = self.normalise(frames, gates)
         frames, frame_mask = self._crop(frames, frame_mask)
         padding = None if frame_mask is None else ~frame_mask.valid
 
@@ -260,7 +332,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
                 x, mask_indices = self.apply_mask(x, padding, mask_indices, mask_channel_indices)
             else:
                 mask_indices = None
-            encoded = self.encoder(x, frame_mask, point, layer)
+            encoded = self.encoder(x, frame_mask, point, layer, gates)
         self.calls += 1
         x = self._keep_idle_parameters(encoded.x)
 
@@ -355,12 +427,12 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         for name in PRETRAINING_HEADS:
             setattr(self, name, None)
 
-    def _extract_frames(self, source, padding_mask):
+    def _extract_frames(self, source, padding_mask, gates):
         lengths = None
         if padding_mask is not None and padding_mask.any():
             lengths = (~padding_mask.bool()).sum(-1)
         with torch.no_grad() if self.feature_grad_mult <= 0 else contextlib.ExitStack():
-            frames, frame_mask = self.features(source, lengths)
+            frames, frame_mask = self.features(source, lengths, gates)
         if 0 < self.feature_grad_mult != 1.0:
             frames = GradMultiply.apply(frames, self.feature_grad_mult)
         return frames, frame_mask
@@ -405,7 +477,8 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             idle = list(self.encoder.parameters())
         else:
             idle = self.encoder.idle_parameters()
-        zero = sum(parameter.reshape(-1)[0] * 0.0 for parameter in [*idle, self.mask_emb] if parameter.requires_grad)
+        idle += [self.mask_emb] if self.gates is None else [self.mask_emb, *self.gates.parameters()]
+        zero = sum(parameter.reshape(-1)[0] * 0.0 for parameter in idle if parameter.requires_grad)
         return x + zero
 
 

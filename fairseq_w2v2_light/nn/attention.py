@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gating import NO_LAYER_GATES, LayerGates, gated_linear
+
 
 class KeyValue(NamedTuple):
     """Projected keys and values of some frames: what later chunks of a stream attend to.
@@ -68,12 +70,13 @@ class MultiheadAttention(nn.Module):
         key_mask: Optional[Tensor] = None,
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
+        gates: LayerGates = NO_LAYER_GATES,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """Attends from `query` (B, Tq, C) to `memory`, Tk frames; returns the output (B, Tq, C) and the map.
 
         `key_mask` (B or 1, 1, Tq or 1, Tk) bool is True where a key may be attended to; every query needs one.
         `attention_map` (B, heads, Tq, Tk) replaces the computed map. The returned map (before dropout) is None unless
-        `return_map` or a map was given.
+        `return_map` or a map was given. `gates` multiply what each head found (HJ-Pruning, eq. 7) and the output.
         """
         dropout = self.dropout if self.training else 0.0
         if attention_map is None and return_map:
@@ -84,7 +87,8 @@ class MultiheadAttention(nn.Module):
             )
         else:
             mixed = F.dropout(attention_map, dropout, self.training) @ memory.value
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention_map
+        heads = None if gates.heads is None else gates.heads.repeat_interleave(self.head_dim)
+        return gated_linear(self.out_proj, mixed.transpose(1, 2).flatten(2), gates.hidden, heads), attention_map
 
     def attention_map(self, query: Tensor, key_value: Tensor, key_mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights (B, heads, Tq, Tk); rows sum to 1. The softmax is computed in fp32."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from .config import EncoderConfig
 from .encoder import Encoder, EncoderOutput
 from .frontend import Frontend
+from .gates import Gates
+from .gating import NO_GATES, GateValues
 from .masks import FrameMask
+from .norms import LayerNorm
 from .operating_point import OperatingPoint
 
 
@@ -20,18 +24,29 @@ class Backbone(nn.Module):
         nn.Module.__init__(self)
         self.config = config
         self.feature_extractor = Frontend(
-            config.conv_layers, config.extractor_norm, config.conv_bias, config.frontend_padding
+            config.conv_layers, config.extractor_norm, config.conv_bias, config.frontend_padding, config.conv_norm_dims
         )
-        self.layer_norm = nn.LayerNorm(config.features_dim)
-        self.post_extract_proj = (
-            nn.Linear(config.features_dim, config.dim) if config.features_dim != config.dim else None
-        )
+        self.layer_norm = LayerNorm(config.features_dim, config.conv_norm_dims[-1] if config.conv_norm_dims else 0)
+        self.post_extract_proj = nn.Linear(config.features_dim, config.dim) if config.projects else None
         self.encoder = Encoder(config)
+        self.gates = Gates(config) if config.prune_units else None
 
-    def features(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[FrameMask]]:
+    def gate_values(self) -> GateValues:
+        """The gates for one call: drawn in training, but not under no_grad (frozen updates); else decided."""
+        if self.gates is None:
+            return NO_GATES
+        return self.gates() if torch.is_grad_enabled() else self.gates.decided()
+
+    def features(
+        self, wave: Tensor, lengths: Optional[Tensor] = None, gates: GateValues = NO_GATES
+    ) -> Tuple[Tensor, Optional[FrameMask]]:
         """(batch, samples) -> frames (batch, time, channel) before any norm, and their mask (None: nothing padded)."""
-        frames, lengths = self.feature_extractor(wave, lengths)
+        frames, lengths = self.feature_extractor(wave, lengths, gates.conv)
         return frames, None if lengths is None else FrameMask.from_lengths(lengths, frames.size(1))
+
+    def normalise(self, frames: Tensor, gates: GateValues = NO_GATES) -> Tensor:
+        """The LayerNorm between frontend and projection, (batch, time, frontend channel)."""
+        return self.layer_norm(frames, None if gates.conv is None else gates.conv[-1])
 
     def project(self, frames: Tensor) -> Tensor:
         """Normalised frames (batch, time, frontend channel) -> encoder input (batch, time, channel)."""
@@ -46,5 +61,6 @@ class Backbone(nn.Module):
         """
         points = self.config.operating_points
         point = points.default if point is None else points.check(point)
-        frames, mask = self.features(wave, lengths)
-        return self.encoder(self.project(self.layer_norm(frames)), mask, point), mask
+        gates = self.gate_values()
+        frames, mask = self.features(wave, lengths, gates)
+        return self.encoder(self.project(self.normalise(frames, gates)), mask, point, gates=gates), mask

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Set, Tuple
 
 from .frontend import frame_lengths, receptive_field
 from .layer_map import parse_layer_map
 from .operating_point import OperatingPointSpace
+
+# what pruning can remove: frontend channels, attention heads, inner channels of the FFN, channels between the layers
+PRUNE_UNITS = ("conv", "heads", "ffn", "hidden")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,12 @@ class EncoderConfig:
     unsqueeze_factor: largest squeeze factor that the unsqueeze layer has weights for (1: it has none).
     unsqueeze_residual: add the squeezed frame to its sub-frames (False: SEW).
     squeeze_tail: "keep" pools a last window that is not full, "drop" leaves it out (SEW).
+    layer_heads, layer_ffn: heads and FFN width of each stored layer where pruning left them unequal (empty: `heads` and
+    `ffn_dim` each); 0 leaves the block out. head_dim: channels of a head (0: dim / heads). norm_dim, conv_norm_dims:
+    over how many channels the LayerNorms of the Transformer, and of each frontend layer, take mean and variance: those
+    that pruning removed count as zeros (0, empty: their own). conv_pos_group_dims: channels in each group of the
+    positional convolution where they are unequal. project_features: project the frontend's channels to `dim` even where
+    there are as many. prune_units: what has gates ("conv", "heads", "ffn", "hidden"), for pruning.
     left_context, lookahead: frames of the frontend that a chunk of a streaming model hears before and after itself;
     its chunk sizes are `operating_points.chunk`. A model that streams also has causal positions, and a frontend whose
     input starts with `frontend_padding` zeros.
@@ -45,6 +54,14 @@ class EncoderConfig:
     squeeze_tail: str = "keep"
     left_context: int = 0
     lookahead: int = 0
+    layer_heads: Tuple[int, ...] = ()
+    layer_ffn: Tuple[int, ...] = ()
+    head_dim: int = 0
+    norm_dim: int = 0
+    conv_norm_dims: Tuple[int, ...] = ()
+    conv_pos_group_dims: Tuple[int, ...] = ()
+    project_features: bool = False
+    prune_units: Tuple[str, ...] = ()
     dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -61,8 +78,64 @@ class EncoderConfig:
                 f"squeeze_factors: found {max(self.operating_points.squeeze)}, but the unsqueeze layer has weights "
                 f"for factors up to {self.unsqueeze_factor}; choose smaller factors, or pre-train with that one"
             )
+        self._check_widths()
         if self.streams:
             self._check_streaming()
+
+    def _check_widths(self) -> None:
+        stored, convolutions = self.unique_layers, len(self.conv_layers)
+        for key, found, expected, what in (
+            ("layer_heads", self.layer_heads, stored, "stored layers"),
+            ("layer_ffn", self.layer_ffn, stored, "stored layers"),
+            ("conv_norm_dims", self.conv_norm_dims, convolutions, "frontend layers"),
+        ):
+            if found and len(found) != expected:
+                raise ValueError(
+                    f"{key}: found {len(found)} numbers, expected one for each of {expected} {what}, or none"
+                )
+            if any(number < 0 for number in found):
+                raise ValueError(f"{key}: found {list(found)}, expected numbers of 0 or more")
+        for index, (width, layer) in enumerate(zip(self.conv_norm_dims, self.conv_layers)):
+            if width < layer[0]:
+                raise ValueError(
+                    f"conv_norm_dims: found {width} for frontend layer {index}, which has {layer[0]} channels; "
+                    "expected that many or more"
+                )
+        if self.norm_dim and self.norm_dim < self.dim:
+            raise ValueError(f"norm_dim: found {self.norm_dim}, expected encoder_embed_dim={self.dim} or more, or 0")
+        for key, number in (("encoder_attention_heads", self.heads), ("conv_pos_groups", self.conv_pos_groups)):
+            if number < 1:
+                raise ValueError(f"{key}: found {number}, expected 1 or more")
+        if self.head_dim < 0:
+            raise ValueError(f"head_dim: found {self.head_dim}, expected 1 or more channels, or 0")
+        if not self.head_dim and self.dim % self.heads:
+            raise ValueError(
+                f"encoder_attention_heads: {self.heads} heads do not divide encoder_embed_dim {self.dim}; choose a "
+                "divisor, or set head_dim"
+            )
+        self._check_position_groups()
+        unknown = sorted(set(self.prune_units) - set(PRUNE_UNITS))
+        if unknown or len(set(self.prune_units)) < len(self.prune_units):
+            raise ValueError(
+                f"prune_units: found {list(self.prune_units)}, expected some of {', '.join(PRUNE_UNITS)}, each once"
+            )
+        for group in self.map_groups.values():
+            heads = [self.heads_of(stored) for stored in sorted(group)]
+            if len(set(heads)) > 1:
+                raise ValueError(
+                    f"layer_heads: stored layers {sorted(group)} share attention maps (attention_map_every="
+                    f"{self.attention_map_every}), but have {heads} heads; expected equally many"
+                )
+
+    def _check_position_groups(self) -> None:
+        groups = self.conv_pos_group_dims
+        if not groups and self.dim % self.conv_pos_groups:
+            raise ValueError(f"conv_pos_groups: {self.conv_pos_groups} groups do not divide {self.dim} channels")
+        if groups and (len(groups) != self.conv_pos_groups or min(groups) < 1 or sum(groups) != self.dim):
+            raise ValueError(
+                f"conv_pos_group_dims: found {list(groups)}, expected {self.conv_pos_groups} numbers (conv_pos_groups) "
+                f"of 1 or more whose sum is encoder_embed_dim={self.dim}, or none"
+            )
 
     def _check_streaming(self) -> None:
         chunks = list(self.operating_points.chunk)
@@ -104,6 +177,37 @@ class EncoderConfig:
     def unique_layers(self) -> int:
         """Number of stored layers."""
         return len(set(self.layer_map))
+
+    def heads_of(self, stored: int) -> int:
+        """Attention heads of a stored layer."""
+        return self.layer_heads[stored] if self.layer_heads else self.heads
+
+    def ffn_of(self, stored: int) -> int:
+        """Inner channels of a stored layer's FFN."""
+        return self.layer_ffn[stored] if self.layer_ffn else self.ffn_dim
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def projects(self) -> bool:
+        """Whether a Linear stands between frontend and Transformer."""
+        return self.project_features or self.features_dim != self.dim
+
+    @property
+    def map_groups(self) -> Dict[int, Set[int]]:
+        """Stored layers that use each other's attention maps, and so have the same heads, by the first of each group.
+
+        Without sharing of maps every stored layer is a group of its own.
+        """
+        owner = list(range(self.unique_layers))
+        for depth, stored in enumerate(self.layer_map):
+            maker = self.layer_map[depth - depth % self.attention_map_every]
+            first, other = sorted((owner[maker], owner[stored]))
+            owner = [first if group == other else group for group in owner]
+        return {group: {stored for stored, own in enumerate(owner) if own == group} for group in sorted(set(owner))}
 
     @property
     def streams(self) -> bool:
@@ -250,9 +354,21 @@ def encoder_config_from(model: Mapping[str, Any]) -> EncoderConfig:
         chunk_frames=tuple(model.get("chunk_frames") or ()),
         left_context_frames=model.get("left_context_frames", 0),
         lookahead_frames=model.get("lookahead_frames", 0),
+        layer_heads=_numbers(model, "layer_heads"),
+        layer_ffn=_numbers(model, "layer_ffn"),
+        head_dim=model.get("head_dim", 0),
+        norm_dim=model.get("norm_dim", 0),
+        conv_norm_dims=_numbers(model, "conv_norm_dims"),
+        conv_pos_group_dims=_numbers(model, "conv_pos_group_dims"),
+        project_features=bool(model.get("project_features", False)),
+        prune_units=tuple(str(unit) for unit in model.get("prune_units") or ()),
         dropout=model["dropout"],
         attention_dropout=model["attention_dropout"],
         activation_dropout=model["activation_dropout"],
         layerdrop=model["encoder_layerdrop"],
         checkpoint_activations=bool(model.get("checkpoint_activations", False)),
     )
+
+
+def _numbers(model: Mapping[str, Any], key: str) -> Tuple[int, ...]:
+    return tuple(int(number) for number in model.get(key) or ())

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .chunks import ChunkLayout, ChunkMask
 from .config import EncoderConfig
+from .gating import NO_GATES, GateValues, gated, layer_gates
 from .layer import EncoderLayer, LayerOutput, Past
 from .masks import FrameMask
+from .norms import LayerNorm
 from .operating_point import OperatingPoint
 from .positions import ConvPositions
 from .squeeze import Unsqueeze, squeeze
@@ -42,21 +44,25 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.pos_conv = ConvPositions(config.dim, config.conv_pos, config.conv_pos_groups, causal=config.streams)
+        self.pos_conv = ConvPositions(
+            config.dim, config.conv_pos, config.conv_pos_groups, config.streams, config.conv_pos_group_dims
+        )
         self.layers = nn.ModuleList(
             EncoderLayer(
                 config.dim,
-                config.ffn_dim,
-                config.heads,
+                config.ffn_of(stored),
+                config.heads_of(stored),
+                config.head_size,
                 norm_first=config.norm_first,
                 activation=config.activation,
                 dropout=config.dropout,
                 attention_dropout=config.attention_dropout,
                 activation_dropout=config.activation_dropout,
+                norm_dim=config.norm_dim,
             )
-            for _ in range(config.unique_layers)
+            for stored in range(config.unique_layers)
         )
-        self.layer_norm = nn.LayerNorm(config.dim)
+        self.layer_norm = LayerNorm(config.dim, config.norm_dim)
         self.upsample = None
         if config.unsqueeze_factor > 1:
             self.upsample = Unsqueeze(config.dim, config.unsqueeze_factor, config.unsqueeze_residual)
@@ -70,39 +76,54 @@ class Encoder(nn.Module):
         mask: Optional[FrameMask] = None,
         point: OperatingPoint = OperatingPoint(),
         last_layer: Optional[int] = None,
+        gates: GateValues = NO_GATES,
     ) -> EncoderOutput:
         """Encodes frames `x` (batch, time, channel) at an operating point; `mask` marks the valid frames (None: all).
 
-        With `last_layer`, stops after that depth and leaves out the final norm, as stock does.
+        With `last_layer`, stops after that depth and leaves out the final norm, as stock does. A channel whose hidden
+        gate is closed is zero from here on: all that is added to it, and all that norms make of it.
         """
         config = self.config
         time = x.size(1)
         drop_tail = config.squeeze_tail == "drop"
         if mask is not None:
             x = x * mask.valid.unsqueeze(-1).to(x.dtype)
-        x = squeeze(x, self.pos_conv, point.squeeze, mask, drop_tail)
+        x = squeeze(self.enter(x, gates), self.pos_conv, point.squeeze, mask, drop_tail, gate=gates.hidden)
         squeezed_mask = None if mask is None else mask.pooled(point.squeeze, drop_tail)
         if not config.norm_first:
-            x = self.layer_norm(x)
+            x = self.norm(x, gates)
 
         if point.chunk:
             sizes = (frames // point.squeeze for frames in (point.chunk, config.left_context, config.lookahead))
             layout = ChunkLayout(x.size(1), *sizes, device=x.device)
             x = F.dropout(layout.extend(x), config.dropout, self.training)
-            x, layers, depths = self.run_layers(x, ChunkMask(layout, squeezed_mask), point, last_layer)
+            x, layers, depths = self.run_layers(x, ChunkMask(layout, squeezed_mask), point, last_layer, gates=gates)
             x = layout.restrict(x)
             layers = [layer._replace(x=layout.restrict(layer.x), ffn=layout.restrict(layer.ffn)) for layer in layers]
         else:
             x = F.dropout(x, config.dropout, self.training)
-            x, layers, depths = self.run_layers(x, squeezed_mask, point, last_layer)
+            x, layers, depths = self.run_layers(x, squeezed_mask, point, last_layer, gates=gates)
 
         if config.norm_first and last_layer is None:
-            x = self.layer_norm(x)
+            x = self.norm(x, gates)
         if point.squeeze > 1:
-            x = self.upsample(x, point.squeeze, time)
+            x = self.upsample(x, point.squeeze, time, gates.hidden)
             if drop_tail and squeezed_mask is not None:
                 x = x * _heard_frames(squeezed_mask, point.squeeze, time).to(x.dtype)
         return EncoderOutput(x, layers, depths, squeezed_mask)
+
+    def enter(self, x: Tensor, gates: GateValues) -> Tensor:
+        """`x` (batch, time, channel) without its closed channels.
+
+        Only a projection before the encoder could take an open one's factor into its weights.
+        """
+        if gates.hidden is None or self.config.projects:
+            return gated(x, gates.hidden)
+        return gated(x, gates.hidden > 0)
+
+    def norm(self, x: Tensor, gates: GateValues = NO_GATES) -> Tensor:
+        """The encoder's own LayerNorm: before the layers (post-LN) or after them (pre-LN)."""
+        return self.layer_norm(x, gates.hidden)
 
     def run_layers(
         self,
@@ -111,6 +132,7 @@ class Encoder(nn.Module):
         point: OperatingPoint,
         last_layer: Optional[int] = None,
         past: Optional[Sequence[Past]] = None,
+        gates: GateValues = NO_GATES,
     ):
         """Runs the stack on squeezed frames: (x, one LayerOutput per layer that ran, their depths).
 
@@ -137,6 +159,7 @@ class Encoder(nn.Module):
                     attention_map,
                     shares_map,
                     None if past is None else past[depth],
+                    layer_gates(gates, stored),
                 )
                 layers.append(output)
                 depths.append(depth)
@@ -159,7 +182,7 @@ class Encoder(nn.Module):
         computing = {stored for depth, stored in enumerate(self.config.layer_map) if depth % every == 0}
         idle = [] if self.upsample is None else list(self.upsample.parameters())
         for stored, layer in enumerate(self.layers):
-            if stored not in computing:
+            if stored not in computing and layer.self_attn is not None:
                 idle += [*layer.self_attn.q_proj.parameters(), *layer.self_attn.k_proj.parameters()]
         return idle
 

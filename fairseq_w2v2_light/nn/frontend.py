@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gating import gated
+from .norms import LayerNorm, wide_layer_norm
+
 ConvLayer = Tuple[int, int, int]
 
 
@@ -33,14 +36,13 @@ class ChannelLayerNorm(nn.Sequential):
     Stock state names: the norm is element 1 of its Sequential (`conv_layers.0.2.1.weight`).
     """
 
-    def __init__(self, channels: int):
-        super().__init__(nn.Identity(), nn.LayerNorm(channels))
+    def __init__(self, channels: int, width: int = 0):
+        super().__init__(nn.Identity(), LayerNorm(channels, width))
 
-    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None, gate: Optional[Tensor] = None) -> Tensor:
         norm = self[1]
-        y = F.layer_norm(
-            x.transpose(1, 2).float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-        )
+        weight, bias = gated(norm.weight.float(), gate), gated(norm.bias.float(), gate)
+        y = wide_layer_norm(x.transpose(1, 2).float(), weight, bias, norm.eps, norm.width)
         return y.type_as(x).transpose(1, 2)
 
 
@@ -54,18 +56,18 @@ class TimeGroupNorm(nn.GroupNorm):
     def __init__(self, channels: int):
         super().__init__(channels, channels)
 
-    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
-        """(batch, channel, time) -> the same; `lengths` (batch,) in frames."""
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None, gate: Optional[Tensor] = None) -> Tensor:
+        """(batch, channel, time) -> the same; `lengths` (batch,) in frames. `gate` (channel,) multiplies the result."""
         y = x.float()
+        weight, bias = gated(self.weight.float(), gate), gated(self.bias.float(), gate)
         if lengths is None:
-            y = F.group_norm(y, self.num_groups, self.weight.float(), self.bias.float(), self.eps)
-            return y.type_as(x)
+            return F.group_norm(y, self.num_groups, weight, bias, self.eps).type_as(x)
         valid = (torch.arange(x.size(-1), device=x.device) < lengths.unsqueeze(1)).unsqueeze(1)
         count = lengths.view(-1, 1, 1)
         mean = (y * valid).sum(-1, keepdim=True) / count
         centred = (y - mean) * valid
         variance = centred.square().sum(-1, keepdim=True) / count
-        y = centred * (variance + self.eps).rsqrt() * self.weight.float()[:, None] + self.bias.float()[:, None]
+        y = centred * (variance + self.eps).rsqrt() * weight[:, None] + bias[:, None]
         return y.type_as(x)
 
 
@@ -77,17 +79,15 @@ class ChannelsLastConv1d(nn.Conv1d):
     third of it with the gradient (narrow layers). Inference on a CPU is one matrix product.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         if self.in_channels == 1:
-            return F.linear(x.squeeze(1).unfold(-1, kernel, stride), self.weight.squeeze(1), self.bias).transpose(1, 2)
+            return F.linear(x.squeeze(1).unfold(-1, kernel, stride), weight.squeeze(1), bias).transpose(1, 2)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return F.linear(windows(x, kernel, stride), self.weight.transpose(1, 2).flatten(1), self.bias).transpose(
-                1, 2
-            )
+            return F.linear(windows(x, kernel, stride), weight.transpose(1, 2).flatten(1), bias).transpose(1, 2)
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        weight = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, self.bias, (1, stride)).squeeze(2)
+        weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, bias, (1, stride)).squeeze(2)
 
 
 def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -105,12 +105,19 @@ class ConvBlock(nn.Sequential):
         nn.init.kaiming_normal_(conv.weight)
         super().__init__(conv, nn.Identity(), *([] if norm is None else [norm]), nn.GELU())
 
-    def forward(self, x: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
-        """(batch, in channel, time) -> (batch, channel, time); `lengths` (batch,) are the valid frames after it."""
-        x = self[0](x)
-        norm = self[2] if len(self) == 4 else None
+    def forward(self, x: Tensor, lengths: Optional[Tensor] = None, gate: Optional[Tensor] = None) -> Tensor:
+        """(batch, in channel, time) -> (batch, channel, time); `lengths` (batch,) are the valid frames after it.
+
+        gate: (channel,), see Frontend.
+        """
+        conv, norm = self[0], self[2] if len(self) == 4 else None
+        if gate is None or isinstance(norm, TimeGroupNorm):  # which would undo a factor in the weights
+            x = conv(x)
+        else:
+            bias = None if conv.bias is None else gated(conv.bias, gate)
+            x = conv._conv_forward(x, gated(conv.weight, gate, dim=0), bias)
         if norm is not None:
-            x = norm(x, lengths)
+            x = norm(x, lengths, gate)
         if isinstance(norm, ChannelLayerNorm):
             return F.gelu(x)
         # torch 2.1 computes garbage on CPUs for the gradient of a contiguous input whose output's is transposed
@@ -121,11 +128,22 @@ class Frontend(nn.Module):
     """wav2vec 2.0's convolutional feature extractor, with any layer shapes (SEW's WFE-C among them).
 
     norm "group" (stock `extractor_mode: default`): TimeGroupNorm after the first layer; "layer" (`layer_norm`):
-    LayerNorm after every layer. Stock state names `conv_layers.N.0.weight` and so on. `padding` zeros come before the
-    first sample (streaming models).
+    LayerNorm after every layer, over `norm_widths` channels (empty: those that there are; see nn/norms.py). Stock state
+    names `conv_layers.N.0.weight` and so on. `padding` zeros come before the first sample (streaming models).
+
+    Gates multiply the channels of a layer before its GELU, and before its LayerNorm, too: a closed channel is zero to
+    the norm and to the next layer, and an open one's factor can go into the weights. HJ-Pruning (arXiv 2302.14132) says
+    no more than "each output channel times its gate".
     """
 
-    def __init__(self, conv_layers: Sequence[ConvLayer], norm: str = "group", bias: bool = False, padding: int = 0):
+    def __init__(
+        self,
+        conv_layers: Sequence[ConvLayer],
+        norm: str = "group",
+        bias: bool = False,
+        padding: int = 0,
+        norm_widths: Sequence[int] = (),
+    ):
         super().__init__()
         if norm not in ("group", "layer"):
             raise ValueError(f"extractor norm: found '{norm}', expected 'group' or 'layer'")
@@ -137,17 +155,20 @@ class Frontend(nn.Module):
             channels = layer[0]
             block_norm = None
             if norm == "layer":
-                block_norm = ChannelLayerNorm(channels)
+                block_norm = ChannelLayerNorm(channels, norm_widths[index] if norm_widths else 0)
             elif index == 0:
                 block_norm = TimeGroupNorm(channels)
             self.conv_layers.append(ConvBlock(in_channels, layer, block_norm, bias))
             in_channels = channels
 
-    def forward(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+    def forward(
+        self, wave: Tensor, lengths: Optional[Tensor] = None, gates: Optional[Sequence[Optional[Tensor]]] = None
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         """Turns `wave` (batch, samples) into frames (batch, time, channel).
 
         `lengths` (batch,) are the valid samples of each row, None when nothing is padded; the second result holds the
-        valid frames in the same way. Raises ValueError when an utterance is shorter than one receptive field.
+        valid frames in the same way. `gates` are (channels,) of each layer, or None. Raises ValueError when an
+        utterance is shorter than one receptive field.
         """
         fewest = receptive_field(self.shapes)[0] - self.padding
         shortest = wave.size(-1) if lengths is None else int(lengths.min())
@@ -159,13 +180,15 @@ class Frontend(nn.Module):
         if self.padding:
             wave = F.pad(wave, (self.padding, 0))
             lengths = None if lengths is None else lengths + self.padding
-        return self.convolve(wave, lengths)
+        return self.convolve(wave, lengths, gates)
 
-    def convolve(self, wave: Tensor, lengths: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+    def convolve(
+        self, wave: Tensor, lengths: Optional[Tensor] = None, gates: Optional[Sequence[Optional[Tensor]]] = None
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         """As `forward`, of samples that follow on those heard before: without padding and checks."""
         x = wave.unsqueeze(1)
-        for block, (_, kernel, stride) in zip(self.conv_layers, self.shapes):
+        for index, (block, (_, kernel, stride)) in enumerate(zip(self.conv_layers, self.shapes)):
             if lengths is not None:
                 lengths = (lengths - kernel) // stride + 1
-            x = block(x, lengths)
+            x = block(x, lengths, None if gates is None else gates[index])
         return x.transpose(1, 2), lengths

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional, Protocol, Union
 
+import torch
 from torch import Tensor, nn
 
 from .activations import get_activation
 from .attention import KeyValue, MultiheadAttention
 from .chunks import ChunkMask
+from .gating import NO_LAYER_GATES, LayerGates, gated_linear
 from .masks import FrameMask
+from .norms import LayerNorm
 from .pooling import mean_pool, repeat_frames
 
 
@@ -40,6 +43,8 @@ class EncoderLayer(nn.Module):
     added to the residual; key-value pooling attends to the means of `kv_pool` frames. Residual and FFN stay at the
     layer's own rate, so that every layer may pool differently. The abstract of stochastic wav2vec 2.0 (arXiv
     2204.11934) names both poolings and says no more: where and how we pool is our reading.
+
+    A block without heads, or without FFN channels, is left out: the residual passes it by. norm_dim: see nn/norms.py.
     """
 
     def __init__(
@@ -53,15 +58,16 @@ class EncoderLayer(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
+        norm_dim: int = 0,
     ):
         super().__init__()
         self.norm_first = norm_first
         self.activation = get_activation(activation)
-        self.self_attn = MultiheadAttention(dim, heads, head_dim, attention_dropout)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
-        self.final_layer_norm = nn.LayerNorm(dim)
+        self.self_attn = MultiheadAttention(dim, heads, head_dim, attention_dropout) if heads else None
+        self.self_attn_layer_norm = LayerNorm(dim, norm_dim) if heads or not norm_first else None
+        self.fc1 = nn.Linear(dim, ffn_dim) if ffn_dim else None
+        self.fc2 = nn.Linear(ffn_dim, dim) if ffn_dim else None
+        self.final_layer_norm = LayerNorm(dim, norm_dim) if ffn_dim or not norm_first else None
         self.dropout = nn.Dropout(dropout)
         self.activation_dropout = nn.Dropout(activation_dropout)
 
@@ -74,29 +80,39 @@ class EncoderLayer(nn.Module):
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
         past: Optional[Past] = None,
+        gates: LayerGates = NO_LAYER_GATES,
     ) -> LayerOutput:
         """Transforms `x` (batch, time, channel).
 
         `mask` marks its valid frames, and which of them may attend to which (None: all to all). `past` are frames
-        before `x` that it attends to as well.
+        before `x` that it attends to as well. `gates` close heads, FFN channels and hidden channels: a block that has
+        none left adds nothing, not its bias either.
         """
-        hidden = self.self_attn_layer_norm(x) if self.norm_first else x
-        memory = self.self_attn.keys_values(mean_pool(hidden, kv_pool, mask), needs_key=attention_map is None)
-        memory = memory if past is None else past.extend(memory)
-        hidden, attention_map = self.self_attn.attend(
-            mean_pool(hidden, query_pool, mask),
-            memory,
-            None if mask is None else mask.attention(query_pool, kv_pool),
-            attention_map,
-            return_map,
-        )
-        x = x + repeat_frames(self.dropout(hidden), query_pool, x.size(1))
+        if self.self_attn is None:
+            attention_map = None
+        else:
+            hidden = self.self_attn_layer_norm(x, gates.hidden) if self.norm_first else x
+            memory = self.self_attn.keys_values(mean_pool(hidden, kv_pool, mask), needs_key=attention_map is None)
+            memory = memory if past is None else past.extend(memory)
+            hidden, attention_map = self.self_attn.attend(
+                mean_pool(hidden, query_pool, mask),
+                memory,
+                None if mask is None else mask.attention(query_pool, kv_pool),
+                attention_map,
+                return_map,
+                gates,
+            )
+            x = x + repeat_frames(self.dropout(hidden), query_pool, x.size(1))
         if not self.norm_first:
-            x = self.self_attn_layer_norm(x)
+            x = self.self_attn_layer_norm(x, gates.hidden)
 
-        ffn = self.final_layer_norm(x) if self.norm_first else x
-        ffn = self.fc2(self.activation_dropout(self.activation(self.fc1(ffn))))
-        x = x + self.dropout(ffn)
+        if self.fc1 is None:
+            ffn = torch.zeros_like(x)
+        else:
+            ffn = self.final_layer_norm(x, gates.hidden) if self.norm_first else x
+            ffn = self.activation_dropout(self.activation(self.fc1(ffn)))
+            ffn = gated_linear(self.fc2, ffn, gates.hidden, gates.ffn)
+            x = x + self.dropout(ffn)
         if not self.norm_first:
-            x = self.final_layer_norm(x)
+            x = self.final_layer_norm(x, gates.hidden)
         return LayerOutput(x, ffn, attention_map)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .gating import gated
 
 
 class WeightNormConv1d(nn.Module):
@@ -15,11 +18,21 @@ class WeightNormConv1d(nn.Module):
 
     Parameters keep the names of torch's old-style weight norm: weight_g (1, 1, kernel), weight_v (channel,
     channel / groups, kernel), bias (channel). A `causal` one hears the present frame and kernel - 1 before it.
+
+    group_dims: channels of each group, where pruning left unequal ones; the weights are then those of groups that all
+    have as many as the largest, and channels that are not there are zero.
     """
 
-    def __init__(self, channels: int, kernel: int, groups: int, causal: bool = False):
+    def __init__(self, channels: int, kernel: int, groups: int, causal: bool = False, group_dims: Sequence[int] = ()):
         super().__init__()
         self.causal = causal
+        self.register_buffer("places", None, persistent=False)
+        if group_dims:
+            largest = max(group_dims)
+            places = [group * largest + index for group, dim in enumerate(group_dims) for index in range(dim)]
+            # from numpy: real values also where the model is built on the meta device
+            self.places = torch.from_numpy(np.asarray(places))
+            channels = groups * largest
         if channels % groups:
             raise ValueError(f"conv_pos_groups: {groups} groups do not divide {channels} channels")
         self.groups = groups
@@ -35,17 +48,25 @@ class WeightNormConv1d(nn.Module):
         """The normalised kernel (channel, channel / groups, kernel)."""
         return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
-    def forward(self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None, gate: Optional[Tensor] = None
+    ) -> Tensor:
         """(batch, channel, time) -> (batch, channel, ceil(time / stride)), at every stride-th frame.
 
-        past: (batch, channel, kernel - 1), the frames before `x`, for causal convolutions only; None: zeros.
+        past: (batch, channel, kernel - 1), the frames before `x`, for causal convolutions only; None: zeros. gate:
+        (channel,) multiplies the result.
         """
         frames = -(-x.size(-1) // stride)
         if self.causal:
             x = F.pad(x, (self.kernel - 1, 0)) if past is None else torch.cat([past, x], dim=-1)
-            return F.conv1d(x, self.weight(), self.bias, stride, groups=self.groups)
-        y = F.conv1d(x, self.weight(), self.bias, stride, padding=self.kernel // 2, groups=self.groups)
-        return y[..., :frames]
+        if self.places is not None:
+            x = x.new_zeros(x.size(0), self.bias.numel(), x.size(2)).index_copy(1, self.places, x)
+        padding = 0 if self.causal else self.kernel // 2
+        if gate is not None and self.places is not None:
+            gate = torch.zeros_like(self.bias).index_copy(0, self.places, gate.to(self.bias.dtype))
+        weight, bias = gated(self.weight(), gate, dim=0), gated(self.bias, gate)
+        y = F.conv1d(x, weight, bias, stride, padding=padding, groups=self.groups)[..., :frames]
+        return y if self.places is None else y.index_select(1, self.places)
 
 
 class ConvPositions(nn.Sequential):
@@ -55,17 +76,20 @@ class ConvPositions(nn.Sequential):
     factor. Stock state names: `pos_conv.0.weight_g`, `.weight_v`, `.bias`. Streaming models have `causal` ones.
     """
 
-    def __init__(self, channels: int, kernel: int, groups: int, causal: bool = False):
-        super().__init__(WeightNormConv1d(channels, kernel, groups, causal))
+    def __init__(self, channels: int, kernel: int, groups: int, causal: bool = False, group_dims: Sequence[int] = ()):
+        super().__init__(WeightNormConv1d(channels, kernel, groups, causal, group_dims))
 
-    def forward(self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None, gate: Optional[Tensor] = None
+    ) -> Tensor:
         """(batch, time, channel) -> (batch, ceil(time / stride), channel).
 
-        past: (batch, kernel - 1, channel), the frames before `x` (causal ones only); None: zeros.
+        past: (batch, kernel - 1, channel), the frames before `x` (causal ones only); None: zeros. gate: (channel,),
+        before the GELU.
         """
         past = None if past is None else past.transpose(1, 2)
         # GELU last, see ConvBlock
-        return F.gelu(self[0](x.transpose(1, 2), stride, past).transpose(1, 2))
+        return F.gelu(self[0](x.transpose(1, 2), stride, past, gate).transpose(1, 2))
 
 
 def causal_kernel(kernel: int) -> int:

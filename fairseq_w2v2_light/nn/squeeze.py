@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gating import gated
 from .masks import FrameMask
 from .pooling import mean_pool
 from .positions import ConvPositions
@@ -20,15 +21,16 @@ def squeeze(
     mask: Optional[FrameMask] = None,
     drop_tail: bool = False,
     past: Optional[Tensor] = None,
+    gate: Optional[Tensor] = None,
 ) -> Tensor:
     """Adds positions and reduces the rate: (batch, time, channel) -> (batch, about time / factor, channel).
 
     SEW's squeeze: mean of every `factor` frames plus the strided positional convolution. With factor 1 it is the
     stock sum of frames and positions. `x` must be 0 on padded frames. `past` are the frames before `x` that causal
-    positions hear (None: zeros).
+    positions hear (None: zeros), `gate` (channel,) that of their channels.
     """
     pooled = mean_pool(x, factor, mask, drop_tail)
-    return pooled + positions(x, factor, past)[:, : pooled.size(1)]
+    return pooled + positions(x, factor, past, gate)[:, : pooled.size(1)]
 
 
 class Unsqueeze(nn.Sequential):
@@ -62,16 +64,23 @@ class Unsqueeze(nn.Sequential):
         """Which of the f weight blocks makes each of the `factor` sub-frames; for f = 4, factor 2: [1, 3]."""
         return [(2 * frame + 1) * self.factor // (2 * factor) for frame in range(factor)]
 
-    def forward(self, x: Tensor, factor: int, time: int) -> Tensor:
-        """(batch, squeezed time, channel) -> (batch, time, channel); frames beyond the last window are zero (SEW)."""
+    def forward(self, x: Tensor, factor: int, time: int, gate: Optional[Tensor] = None) -> Tensor:
+        """(batch, squeezed time, channel) -> (batch, time, channel); frames beyond the last window are zero (SEW).
+
+        gate: (channel,), before the GELU.
+        """
         linear = self[0]
         if factor == self.factor:
-            y = linear(x)
+            weight, bias = linear.weight, linear.bias
         else:
             blocks = torch.tensor(self.blocks(factor), device=x.device)
             weight = linear.weight.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten(0, 1)
             bias = linear.bias.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten()
-            y = F.linear(x, weight, bias)
+        if gate is None and factor == self.factor:
+            y = linear(x)
+        else:
+            gate = None if gate is None else gate.repeat(factor)
+            y = F.linear(x, gated(weight, gate, dim=0), gated(bias, gate))
         y = F.gelu(y).unflatten(-1, (factor, self.dim))
         if self.residual:
             y = y + x.unsqueeze(2)

@@ -201,6 +201,8 @@ class Stream:
             )
         self.backbone = backbone
         self.config = config
+        with torch.no_grad():
+            self._gates = backbone.gate_values()
         self.hop = receptive_field(config.conv_layers)[1]
         self.chunk_samples = self.point.chunk * self.hop
         self.lookahead_samples = config.lookahead * self.hop
@@ -215,7 +217,7 @@ class Stream:
         zeros = lambda *shape: torch.zeros(streams, *shape, device=device, dtype=dtype)  # noqa: E731
         memory = []
         for depth, frames in enumerate(self._remembered):
-            empty = zeros(config.heads, frames, config.dim // config.heads)
+            empty = zeros(config.heads_of(config.layer_map[depth]), frames, config.head_size)
             key = empty if depth % config.attention_map_every == 0 else None
             memory.append(Memory(KeyValue(key, empty), frames))
         return StreamState(
@@ -264,8 +266,9 @@ class Stream:
         wave = torch.cat([state.samples, samples[:, :whole]], dim=1)
         if not whole:
             return state.ahead, state
-        frames, _ = self.backbone.feature_extractor.convolve(wave)
-        x = torch.cat([state.ahead, self.backbone.project(self.backbone.layer_norm(frames))], dim=1)
+        frames, _ = self.backbone.feature_extractor.convolve(wave, gates=self._gates.conv)
+        x = self.backbone.project(self.backbone.normalise(frames, self._gates))
+        x = torch.cat([state.ahead, self.backbone.encoder.enter(x, self._gates)], dim=1)
         return x, replace(state, origin=None, samples=wave[:, wave.size(1) - state.samples.size(1) :])
 
     def _run(self, x: Tensor, frames: int, state: StreamState) -> Tuple[Tensor, StreamState]:
@@ -276,9 +279,10 @@ class Stream:
         drop_tail = config.squeeze_tail == "drop"
         if drop_tail and x.size(1) < point.squeeze and any(state.heard):
             return torch.zeros_like(x), new
-        hidden = squeeze(x, encoder.pos_conv, point.squeeze, None, drop_tail, past=state.frames)
+        gates = self._gates
+        hidden = squeeze(x, encoder.pos_conv, point.squeeze, None, drop_tail, state.frames, gates.hidden)
         if not config.norm_first:
-            hidden = encoder.layer_norm(hidden)
+            hidden = encoder.norm(hidden, gates)
 
         own = pooled_length(frames, point.squeeze, drop_tail)
         most = config.left_context // point.squeeze
@@ -291,12 +295,12 @@ class Stream:
         if min(known) < max(known):
             missing = torch.tensor([max(known) - frames for frames in known], device=x.device)
             mask = _PastMask(missing, max(known) + hidden.size(1))
-        hidden, _, _ = encoder.run_layers(hidden, mask, point, past=past)
+        hidden, _, _ = encoder.run_layers(hidden, mask, point, past=past, gates=gates)
         hidden = hidden[:, :own]
 
         if config.norm_first:
-            hidden = encoder.layer_norm(hidden)
+            hidden = encoder.norm(hidden, gates)
         if point.squeeze > 1:
-            hidden = encoder.upsample(hidden, point.squeeze, frames)
+            hidden = encoder.upsample(hidden, point.squeeze, frames, gates.hidden)
         memory = tuple(layer.memory for layer in past)
         return hidden, replace(new, memory=memory, heard=tuple(heard + own for heard in state.heard))

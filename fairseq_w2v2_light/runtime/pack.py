@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.frontend import ChannelsLastConv1d, windows
+from ..nn.gates import Gates
 from ..nn.positions import WeightNormConv1d
 from ..nn.squeeze import Unsqueeze
 
@@ -51,6 +52,7 @@ class FrozenPositions(WeightNormConv1d):
         self.groups, self.kernel, self.causal = conv.groups, conv.kernel, conv.causal
         self.register_buffer("frozen", conv.weight().detach().contiguous(), persistent=False)
         self.register_buffer("bias", conv.bias.detach().clone(), persistent=False)
+        self.register_buffer("places", conv.places, persistent=False)
 
     def weight(self) -> Tensor:
         return self.frozen
@@ -60,8 +62,10 @@ def pack_(model: nn.Module, rows: int) -> bool:
     """Packs the Linears and channels-last convolutions of an fp32 model on a CPU, in place, for inference only.
 
     rows: how many frames a call will mostly see. Returns False, and changes nothing, where torch has no such product,
-    or the model is elsewhere.
+    or the model is elsewhere or has gates, which change its weights in every call.
     """
+    if any(isinstance(module, Gates) for module in model.modules()):
+        return False
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32 or not _can_pack():
         return False

@@ -12,9 +12,9 @@ from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe
 from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, network_config
 from ..nn.config import EncoderConfig
+from ..nn.counts import SAMPLE_RATE, count_macs, widths_of
 from ..nn.operating_point import OperatingPoint
 from ..nn.positions import causal_kernel
-from .macs import SAMPLE_RATE, count_macs
 
 LETTERS = 32
 
@@ -104,15 +104,19 @@ def count_parameters(subject: Subject) -> Dict[str, int]:
     """Stored parameters by part, counted on the model itself (built without memory); shared ones count once.
 
     Parts: frontend, projection, positions, layers, unsqueeze, norms (with the mask vector), heads (quantiser and
-    projections of pre-training, or the CTC projection).
+    projections of pre-training, or the CTC projection). Gates are no part of a model's size: pruning removes them.
     """
-    return _count_parameters(subject)[0]
+    return _count_parameters(subject, _build(subject))[0]
 
 
-def _count_parameters(subject: Subject) -> Tuple[Dict[str, int], int]:
-    """The stored parameters by part, and how many those heads of pre-training have that a CTC model has dropped."""
+def _build(subject: Subject) -> W2V2LightModel:
+    """The model, without memory and without gates."""
     with torch.device("meta"):
-        model = W2V2LightModel(subject.model)
+        return W2V2LightModel(OmegaConf.merge(subject.model, {"prune_units": []}))
+
+
+def _count_parameters(subject: Subject, model: W2V2LightModel) -> Tuple[Dict[str, int], int]:
+    """The stored parameters by part, and how many those heads of pre-training have that a CTC model has dropped."""
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         parts[part_of(name)] += parameter.numel()
@@ -129,19 +133,20 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
     `parameters` are stored ones, `effective_parameters` what they would be without sharing,
     `parameters_with_pretraining_heads` what a CTC model would have had it kept those (Shrinking Bigfoot counts so, and
     so do others who say 317 M); `bytes` in fp32; `macs` of inference on `seconds` of 16 kHz audio at the operating
-    point (`point`, else the model's own).
+    point (`point`, else the model's own); `kept`: what pruning left, see `kept_widths`.
     """
     config = subject.network
     chosen = operating_point(subject, point)
-    parameters, dropped = _count_parameters(subject)
+    model = _build(subject)
+    parameters, dropped = _count_parameters(subject, model)
     macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
     total = sum(parameters.values())
-    per_layer = parameters["layers"] // config.unique_layers
+    stored = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.encoder.layers]
     return {
         "model": subject.name,
         "kind": "ctc" if subject.vocabulary else "pretraining",
         "parameters": total,
-        "effective_parameters": total + per_layer * (config.depth - config.unique_layers),
+        "effective_parameters": total - sum(stored) + sum(stored[index] for index in config.layer_map),
         "parameters_with_pretraining_heads": total + dropped,
         "bytes": 4 * total,
         "parameters_by_part": parameters,
@@ -153,6 +158,24 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
         "unique_layers": config.unique_layers,
         "attention_maps": -(-config.depth // config.attention_map_every),
         "operating_points": [str(trained) for trained in config.operating_points.points()],
+        "kept": kept_widths(config),
+    }
+
+
+def kept_widths(config: EncoderConfig) -> Dict[str, List[int]]:
+    """What pruning left of a network; empty where its configuration speaks of none.
+
+    heads, ffn (summed over the stored layers) and hidden: [those there are, those there were]; frontend: the channels
+    of each layer.
+    """
+    if not (config.layer_heads or config.layer_ffn or config.norm_dim or config.conv_norm_dims):
+        return {}
+    widths, layers = widths_of(config), config.unique_layers
+    return {
+        "heads": [sum(widths.heads), config.heads * layers],
+        "ffn": [sum(widths.ffn), config.ffn_dim * layers],
+        "hidden": [config.dim, config.norm_dim or config.dim],
+        "frontend": list(widths.conv),
     }
 
 
@@ -192,9 +215,17 @@ def format_cost(result: Dict[str, Any]) -> str:
         f"{result['bytes'] / 2**20:.1f} MiB in fp32; {result['effective_parameters']:,} parameters without sharing; "
         f"{result['attention_maps']} attention maps"
     )
+    if result["kept"]:
+        lines.append(_format_kept(result["kept"]))
     if result["parameters_with_pretraining_heads"] != result["parameters"]:
         lines.append(
             f"{result['parameters_with_pretraining_heads']:,} parameters with the heads of pre-training, which "
             "published counts often include (the 317 M of LARGE, for one)"
         )
     return "\n".join(lines)
+
+
+def _format_kept(kept: Dict[str, List[int]]) -> str:
+    units = [("heads", "heads"), ("ffn", "FFN channels"), ("hidden", "hidden channels")]
+    parts = [f"{kept[unit][0]:,} of {kept[unit][1]:,} {name}" for unit, name in units]
+    return f"pruned to {', '.join(parts)}; frontend {' '.join(str(channels) for channels in kept['frontend'])}"

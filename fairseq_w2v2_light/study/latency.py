@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional
 
 from ..nn.config import EncoderConfig
+from ..nn.counts import SAMPLE_RATE
 from ..nn.frontend import receptive_field
 from ..nn.operating_point import OperatingPoint
 from .cost import Subject, operating_point
-from .macs import SAMPLE_RATE
 
 _NORMALIZED = "task.normalize is true, with which training refuses a streaming model: set task.normalize=false"
 

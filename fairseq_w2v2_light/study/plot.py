@@ -1,5 +1,6 @@
 """The trade-off between compute and accuracy, drawn."""
 
+import logging
 from pathlib import Path
 from typing import Sequence
 
@@ -7,11 +8,10 @@ from ..files import atomic_path
 from .experiment import PointResult
 
 
-def plot_tradeoff(rows: Sequence[PointResult], path: Path, title: str = "") -> None:
-    """Saves WER against real-time factor and against MACs as a PNG, one point a row, one colour a model.
-
-    Raises ValueError with the install command when matplotlib is missing.
-    """
+def load_pyplot():
+    """matplotlib's pyplot, for files only; raises ValueError with the install command when matplotlib is missing."""
+    # where fairseq's logging shows everything, its search for fonts is pages long
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         import matplotlib
     except ImportError as error:
@@ -19,6 +19,15 @@ def plot_tradeoff(rows: Sequence[PointResult], path: Path, title: str = "") -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_tradeoff(rows: Sequence[PointResult], path: Path, title: str = "") -> None:
+    """Saves WER against real-time factor and against MACs as a PNG, one point a row, one colour a model.
+
+    Raises ValueError with the install command when matplotlib is missing.
+    """
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     panels = (
         (axes[0], "seconds of compute per second of audio", lambda row: row.real_time_factor),

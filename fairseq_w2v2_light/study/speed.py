@@ -3,7 +3,7 @@
 import statistics
 import time
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import soundfile
 import torch
@@ -39,22 +39,42 @@ def real_time_factors(
     From waveform to CTC logits, on the CPU with torch's current number of threads.
     """
     model, normalize = load_ctc(checkpoint)
-    encoder = model.w2v_encoder
     waves = read_utterances(data, split, utterances, normalize)
-    audio = sum(wave.size(1) for wave in waves) / 16000
-    chosen = {point: OperatingPoint.parse(point) for point in points}
+    return _interleaved({point: _transcriber(model, waves, OperatingPoint.parse(point)) for point in points}, repeats)
 
-    def transcribe(point) -> float:
+
+def compare_real_time_factors(
+    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 20, repeats: int = 5
+) -> Dict[str, float]:
+    """As `real_time_factors`, of several models by name, each at its own operating point."""
+    transcribers = {}
+    for name, checkpoint in checkpoints.items():
+        model, normalize = load_ctc(checkpoint)
+        transcribers[name] = _transcriber(model, read_utterances(data, split, utterances, normalize))
+    return _interleaved(transcribers, repeats)
+
+
+def _transcriber(model, waves: List[torch.Tensor], point: Optional[OperatingPoint] = None) -> Callable[[], float]:
+    """A function that transcribes all of `waves` and returns its real-time factor."""
+    encoder = model.w2v_encoder
+    audio = sum(wave.size(1) for wave in waves) / 16000
+
+    def transcribe() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             for wave in waves:
                 encoder.proj(encoder.w2v_model.extract_features(wave, None, operating_point=point)["x"])
         return (time.perf_counter() - start) / audio
 
-    for point in chosen.values():
-        transcribe(point)
-    measured = {point: [] for point in points}
+    return transcribe
+
+
+def _interleaved(measure: Mapping[str, Callable[[], float]], repeats: int) -> Dict[str, float]:
+    """The median of each function's results, after one that does not count; in turns, so that noise is shared."""
+    for run in measure.values():
+        run()
+    measured = {name: [] for name in measure}
     for _ in range(repeats):
-        for point in points:
-            measured[point].append(transcribe(chosen[point]))
-    return {point: statistics.median(values) for point, values in measured.items()}
+        for name, run in measure.items():
+            measured[name].append(run())
+    return {name: statistics.median(values) for name, values in measured.items()}

@@ -201,3 +201,103 @@ def test_a_frontend_that_leaves_samples_out_cannot_stream():
     with pytest.raises(ValueError, match="conv_feature_layers: a frame hears 9 samples and the next one starts 10"):
         build_streaming(conv_feature_layers="[(8, 4, 5), (8, 2, 2)]")
     build(conv_feature_layers="[(8, 4, 5), (8, 2, 2)]")
+
+
+# ---- widths that pruning leaves
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    (
+        ({"layer_heads": (1, 2)}, ("layer_heads: found 2 numbers, expected one for each of 4 stored layers",)),
+        ({"layer_heads": (1,) * 4, "unique_layers": 2}, ("layer_heads: found 4 numbers", "2 stored layers")),
+        ({"layer_ffn": (16,) * 5}, ("layer_ffn: found 5 numbers, expected one for each of 4 stored layers",)),
+        ({"conv_norm_dims": (8,)}, ("conv_norm_dims: found 1 numbers, expected one for each of 2 frontend layers",)),
+        ({"layer_heads": (1, -2, 0, 1)}, ("layer_heads: found [1, -2, 0, 1], expected numbers of 0 or more",)),
+        ({"layer_ffn": (1, 2, 3, -4)}, ("layer_ffn: found [1, 2, 3, -4]",)),
+        ({"conv_norm_dims": (8, -8)}, ("conv_norm_dims: found [8, -8]",)),
+        ({"conv_norm_dims": (8, 7)}, ("conv_norm_dims: found 7 for frontend layer 1, which has 8 channels",)),
+        ({"norm_dim": 15}, ("norm_dim: found 15, expected encoder_embed_dim=16 or more",)),
+        ({"norm_dim": -1}, ("norm_dim: found -1",)),
+        ({"head_dim": -8}, ("head_dim: found -8",)),
+        ({"heads": 3}, ("encoder_attention_heads: 3 heads do not divide encoder_embed_dim 16", "set head_dim")),
+        ({"heads": 0}, ("encoder_attention_heads: found 0, expected 1 or more",)),
+        ({"heads": -2, "head_dim": 8}, ("encoder_attention_heads: found -2",)),
+        ({"conv_pos_groups": 0}, ("conv_pos_groups: found 0, expected 1 or more",)),
+        ({"conv_pos_groups": 3}, ("conv_pos_groups: 3 groups do not divide 16 channels",)),
+        ({"conv_pos_group_dims": (16,)}, ("conv_pos_group_dims: found [16], expected 2 numbers (conv_pos_groups)",)),
+        ({"conv_pos_group_dims": (9, 8)}, ("conv_pos_group_dims: found [9, 8]", "sum is encoder_embed_dim=16")),
+        ({"conv_pos_group_dims": (16, 0)}, ("conv_pos_group_dims: found [16, 0]", "1 or more")),
+        ({"conv_pos_group_dims": (17, -1)}, ("conv_pos_group_dims: found [17, -1]",)),
+        ({"prune_units": ("conv", "head")}, ("prune_units: found ['conv', 'head']", "conv, heads, ffn, hidden")),
+        ({"prune_units": ("conv", "conv")}, ("prune_units: found ['conv', 'conv']", "each once")),
+        (
+            {"layer_heads": (2, 1, 1, 1), "attention_map_every": 2},
+            ("layer_heads: stored layers [0, 1] share attention maps (attention_map_every=2)", "[2, 1] heads"),
+        ),
+        (
+            {"layer_heads": (1, 1, 0), "layer_map": "0,1,1,2", "attention_map_every": 2},
+            ("layer_heads: stored layers [0, 1, 2] share", "[1, 1, 0] heads"),
+        ),
+    ),
+)
+def test_widths_that_cannot_be(changes, words):
+    with pytest.raises(ValueError) as error:
+        build(**changes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_widths_of_stored_layers():
+    config = build(layer_heads=(1, 0, 2, 5), head_dim=4, layer_ffn=(0, 3, 16, 99))
+    assert [config.heads_of(stored) for stored in range(4)] == [1, 0, 2, 5] and config.head_size == 4
+    assert [config.ffn_of(stored) for stored in range(4)] == [0, 3, 16, 99]
+    plain = build()
+    assert [plain.heads_of(3), plain.ffn_of(3), plain.head_size] == [2, 16, 8]
+
+
+def test_layers_that_share_maps_may_lose_their_heads_together():
+    config = build(layer_heads=(0, 0, 2, 2), attention_map_every=2)
+    assert config.map_groups == {0: {0, 1}, 2: {2, 3}}
+
+
+def test_pruned_widths_need_no_divisors():
+    config = build(dim=13, head_dim=8, heads=2, norm_dim=16, conv_pos_group_dims=(6, 7), conv_norm_dims=(8, 12))
+    assert config.head_size == 8
+
+
+@pytest.mark.parametrize(
+    "keys, projects", (({}, True), ({"dim": 8}, False), ({"dim": 8, "project_features": True}, True))
+)
+def test_whether_features_are_projected(keys, projects):
+    assert build(**keys).projects == projects
+
+
+def test_a_model_section_with_pruned_widths():
+    from fairseq_w2v2_light.nn.config import encoder_config_from
+
+    stock = dict(
+        conv_feature_layers="[(8, 10, 5), (8, 3, 2)]",
+        extractor_mode="layer_norm",
+        conv_bias=False,
+        encoder_embed_dim=13,
+        encoder_ffn_embed_dim=16,
+        encoder_attention_heads=2,
+        layer_norm_first=True,
+        activation_fn="gelu",
+        conv_pos=4,
+        conv_pos_groups=2,
+        encoder_layers=2,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+    )
+    pruned = dict(layer_heads=[1, 0], layer_ffn=[0, 3], head_dim=8, norm_dim=16, conv_norm_dims=[9, 8])
+    pruned.update(conv_pos_group_dims=[6, 7], project_features=True, prune_units=["heads"])
+    config = encoder_config_from({**stock, **pruned})
+    for key, value in pruned.items():
+        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
+    hash(config)
+    plain = encoder_config_from({**stock, "encoder_embed_dim": 16})
+    assert (plain.layer_heads, plain.head_dim, plain.norm_dim, plain.prune_units) == ((), 0, 0, ())

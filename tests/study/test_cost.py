@@ -1,22 +1,24 @@
 """Counted parameters and MACs against models that really run."""
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from tiny_checkpoints import SHAPE, container, ctc_model, letters, save_checkpoint, save_ctc
 from torch import nn
 
 from fairseq_w2v2_light.cli.main import main
-from fairseq_w2v2_light.models import W2V2LightModel
+from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 from fairseq_w2v2_light.models.recipe import read_recipe
 from fairseq_w2v2_light.models.w2v2_light import network_config
-from fairseq_w2v2_light.nn import OperatingPoint
+from fairseq_w2v2_light.nn import OperatingPoint, counts
 from fairseq_w2v2_light.nn.attention import MultiheadAttention
+from fairseq_w2v2_light.nn.counts import count_macs
 from fairseq_w2v2_light.nn.positions import WeightNormConv1d
 from fairseq_w2v2_light.nn.streaming import Stream
-from fairseq_w2v2_light.study.cost import cost, count_parameters, format_cost, load_subject
-from fairseq_w2v2_light.study.macs import count_macs
+from fairseq_w2v2_light.study.cost import Subject, cost, count_parameters, format_cost, load_subject
 
 TINY = "pretraining/light_stochastic_tiny"
 
@@ -35,15 +37,16 @@ def count_by_hooks(model, run):
 
     def positions(module, inputs, output):
         nonlocal total
-        total += output.numel() * module.weight_v.size(1) * module.kernel
+        frames = output.size(0) * output.size(2)
+        total += frames * module.weight_v.numel()  # channels that only fill up a group included
 
     attend = MultiheadAttention.attend
 
-    def counted_attend(module, query, memory, key_mask=None, attention_map=None, return_map=False):
+    def counted_attend(module, query, memory, key_mask=None, attention_map=None, return_map=False, gate=None):
         nonlocal total
         products = 1 if attention_map is not None else 2
         total += products * query.size(0) * query.size(1) * memory.value.size(2) * module.heads * module.head_dim
-        return attend(module, query, memory, key_mask, attention_map, return_map)
+        return attend(module, query, memory, key_mask, attention_map, return_map, gate)
 
     hooks = []
     for module in model.modules():
@@ -125,6 +128,109 @@ def test_macs_of_a_stream_equal_a_count_by_hooks(point, changes, samples):
     assert sum(counted.values()) == count_by_hooks(model, lambda: stream_through(model, wave, point))
 
 
+# unequal heads, FFN and frontend; stored layer 1 has no attention, stored layer 2 no FFN
+PRUNED = dict(
+    encoder_embed_dim=37,
+    encoder_ffn_embed_dim=40,
+    encoder_attention_heads=4,
+    encoder_layers=6,
+    unique_layers=3,
+    conv_feature_layers="[(5, 10, 5), (1, 3, 2), (8, 3, 2), (7, 3, 2), (6, 3, 2), (8, 2, 2), (9, 2, 2)]",
+    conv_norm_dims=[8, 8, 8, 8, 8, 8, 9],
+    layer_heads=[3, 0, 1],
+    layer_ffn=[33, 7, 0],
+    head_dim=12,
+    norm_dim=48,
+    conv_pos=8,
+    conv_pos_groups=4,
+    conv_pos_group_dims=[12, 1, 9, 15],
+)
+BACK_TO_BACK = {"layer_map": "0,1,2,2,1,0"}
+SHARED_MAPS = {"attention_map_every": 2, "layer_heads": [2, 2, 0]}
+POST_LN = {"layer_norm_first": False, "extractor_mode": "default", "conv_norm_dims": []}
+
+
+def pruned_subject(changes):
+    return Subject(TINY, read_recipe(TINY, {**PRUNED, **changes}).model, 0)
+
+
+@pytest.mark.parametrize("point", ["s1q1k1", "s1q2k2", "s3q1k1", "s3q1k2"])
+@pytest.mark.parametrize("changes", [{}, BACK_TO_BACK, SHARED_MAPS, POST_LN, {"layer_heads": [], "layer_ffn": []}])
+def test_macs_of_a_pruned_model_equal_a_count_by_hooks(point, changes):
+    subject = pruned_subject(changes)
+    model = W2V2LightModel(subject.model).eval()
+    point = OperatingPoint.parse(point)
+    counted = count_macs(subject.network, 20000, point)
+    wave = torch.randn(1, 20000)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: model.extract_features(wave, operating_point=point))
+
+
+def test_a_frontend_as_wide_as_the_model_counts_the_projection_that_pruning_kept():
+    changes = {"encoder_embed_dim": 9, "conv_pos_group_dims": [3, 1, 3, 2], "project_features": True}
+    subject = pruned_subject(changes)
+    model = W2V2LightModel(subject.model).eval()
+    counted = count_macs(subject.network, 20000)
+    wave = torch.randn(1, 20000)
+    assert counted["projection"] == 62 * 9 * 9
+    assert sum(counted.values()) == count_by_hooks(model, lambda: model.extract_features(wave))
+
+
+def test_macs_of_a_pruned_stream_equal_a_count_by_hooks():
+    subject = pruned_subject({"chunk_frames": [12], "left_context_frames": 36, "lookahead_frames": 12})
+    model = W2V2LightModel(subject.model).eval()
+    point = OperatingPoint.parse("s1q1k2c12")
+    counted = count_macs(subject.network, 20000, point)
+    wave = torch.randn(1, 20000)
+    assert sum(counted.values()) == count_by_hooks(model, lambda: stream_through(model, wave, point))
+
+
+@pytest.mark.parametrize("changes", [{}, BACK_TO_BACK, POST_LN, {"conv_bias": True, "unsqueeze_factor": 4}])
+def test_parameters_of_a_pruned_model_follow_from_its_shapes(changes):
+    subject = replace(pruned_subject(changes), vocabulary=20)
+    assert count_parameters(subject) == counts.count_parameters(subject.network, 20)
+
+
+@pytest.mark.parametrize("recipe", ["w2v2_light_base", "w2v2_light_large", "stochastic_sew_tiny"])
+def test_parameters_of_recipes_follow_from_their_shapes(recipe):
+    subject = replace(load_subject(f"pretraining/{recipe}", []), vocabulary=32)
+    assert count_parameters(subject) == counts.count_parameters(subject.network, 32)
+
+
+def test_effective_parameters_of_layers_of_different_sizes_are_those_of_the_unshared_model():
+    shared = cost(pruned_subject(BACK_TO_BACK))
+    unshared = {
+        "layer_map": "",
+        "unique_layers": 0,
+        "layer_heads": [3, 0, 1, 1, 0, 3],
+        "layer_ffn": [33, 7, 0, 0, 7, 33],
+    }
+    assert shared["effective_parameters"] == cost(pruned_subject(unshared))["parameters"] > shared["parameters"]
+
+
+def test_gates_of_a_checkpoint_are_no_part_of_its_cost(tmp_path):
+    tiny = W2V2LightModel(W2V2LightConfig(**SHAPE, operating_point_seed=7))
+    start = save_checkpoint(tmp_path / "start.pt", container(tiny.cfg, "w2v2_light"), tiny.state_dict())
+    costs = []
+    for units in (None, ["conv", "heads", "ffn", "hidden"]):
+        model = ctc_model(start, prune_units=units, feature_grad_mult=1.0)
+        costs.append(cost(load_subject(save_ctc(tmp_path / "ctc.pt", model, dictionary=letters()), [])))
+        assert any(name.startswith("w2v_encoder.w2v_model.gates.") for name in model.state_dict()) == bool(units)
+    assert costs[0] == costs[1]
+    assert costs[0]["parameters_by_part"]["heads"] == 33 * 8
+
+
+def test_gates_are_no_part_of_the_cost_of_a_recipe():
+    gated = cost(load_subject(TINY, ["model.prune_units=[conv,heads,ffn,hidden]"]))
+    assert gated == cost(load_subject(TINY, []))
+
+
+def test_only_a_pruned_model_says_what_is_kept():
+    pruned = format_cost(cost(pruned_subject({})))
+    assert "pruned to 4 of 12 heads, 40 of 120 FFN channels, 37 of 48 hidden channels" in pruned
+    assert "frontend 5 1 8 7 6 8 9" in pruned
+    assert "pruned to" not in format_cost(cost(load_subject(TINY, [])))
+
+
 def test_a_streaming_model_counts_its_whole_utterance_too():
     cfg = read_recipe(TINY, {"chunk_frames": [0, 12]}).model
     model = W2V2LightModel(cfg).eval()
@@ -141,6 +247,33 @@ def test_base_layout_has_the_macs_of_the_hj_pruning_paper():
     for part, gmacs in expected.items():
         assert macs[part] / 1e9 == pytest.approx(gmacs, rel=2e-3)
     assert sum(macs.values()) / 1e9 == pytest.approx(74.07, rel=2e-3)
+
+
+FIG_5 = {
+    20: (
+        "[8, 11, 12, 12, 12, 12, 12, 12, 11, 10, 8, 5]",
+        "[2723, 2658, 2734, 2823, 2876, 2888, 2947, 2996, 2927, 2657, 2161, 2045]",
+        "[(357, 10, 5), (371, 3, 2), (487, 3, 2), (509, 3, 2), (510, 3, 2), (506, 2, 2), (509, 2, 2)]",
+    ),
+    40: (
+        "[4,9,8,11,12,10,11,12,10,7,4,4]",
+        "[2140,1862,2051,2193,2423,2494,2691,2825,2449,1672,932,763]",
+        "[(297,10,5),(241,3,2),(407,3,2),(501,3,2),(510,3,2),(505,2,2),(509,2,2)]",
+    ),
+}
+
+
+@pytest.mark.parametrize("target, gmacs, published, parameters", [(20, 59.8, 60.0, 83.1e6), (40, 45.2, 45.6, 65.8e6)])
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_architectures_of_the_hj_pruning_paper_have_its_macs(target, gmacs, published, parameters, quote):
+    """Fig. 5 as recomputed from the paper's formulas; its own figures are all about as much higher (74.4 unpruned)."""
+    heads, ffn, conv = (f"{quote}{value}{quote}" for value in FIG_5[target])
+    overrides = ["model.unique_layers=12", f"model.layer_heads={heads}", f"model.layer_ffn={ffn}"]
+    subject = load_subject("pretraining/w2v2_light_base", [*overrides, f"model.conv_feature_layers={conv}"])
+    result = cost(replace(subject, vocabulary=32))
+    assert result["macs"] / 1e9 == pytest.approx(gmacs, rel=1e-3)
+    assert result["macs"] / 1e9 + 74.4 - 74.07 == pytest.approx(published, rel=5e-3)
+    assert result["parameters"] == pytest.approx(parameters, rel=1e-3)
 
 
 def test_parameters_are_those_of_the_model():
@@ -251,6 +384,12 @@ def test_text_overrides_are_taken_as_they_stand():
         ([TINY, "model.chunk_frames=[24]x"], "override 'model.chunk_frames=[24]x': not readable as a YAML value"),
         ([TINY, "model.chunk_frames=24"], "model.chunk_frames=24: expected a list, like [24]"),
         ([TINY, "--seconds", "0.01"], "too short"),
+        ([TINY, "model.layer_heads=[4,4]"], "layer_heads: found 2 numbers, expected one for each of 1 stored layers"),
+        ([TINY, "model.layer_ffn=[8,8]"], "layer_ffn: found 2 numbers, expected one for each of 1 stored layers"),
+        ([TINY, "model.conv_norm_dims=[8,8]"], "conv_norm_dims: found 2 numbers, expected one for each of 7 frontend"),
+        ([TINY, "model.conv_pos_group_dims=[192]"], "conv_pos_group_dims: found [192], expected 16 numbers"),
+        ([TINY, "model.layer_heads=4,4"], "override: model.layer_heads=4,4: expected a list, like [4,4]"),
+        ([TINY, "model.layer_heads='4'"], "override: model.layer_heads=4: expected a list, like [4]"),
     ],
 )
 def test_bad_input_gets_a_message(arguments, message, capsys):

@@ -10,10 +10,10 @@ from fairseq_w2v2_light.cli.main import main
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 from fairseq_w2v2_light.models.checkpoint import load_encoder
 from fairseq_w2v2_light.nn import Backbone, OperatingPoint, encoder_config
+from fairseq_w2v2_light.nn.counts import count_macs
 from fairseq_w2v2_light.nn.frontend import receptive_field
 from fairseq_w2v2_light.study.cost import cost, load_subject
 from fairseq_w2v2_light.study.latency import algorithmic_latency
-from fairseq_w2v2_light.study.macs import count_macs
 
 # receptive field 30 samples, hop 20
 SMALL = "[(6, 10, 5), (6, 3, 2), (6, 2, 2)]"
