@@ -69,6 +69,17 @@ def test_streaming_compares_its_students(tmp_path, noise):
     assert "9 to 23.4 % at 480 ms" in output
 
 
+def test_pruning_compares_models(tmp_path, noise):
+    out = tmp_path / "out"
+    arguments = [str(noise), "--checkpoint", tiny_teacher(tmp_path, noise), "--out", str(out), "--updates", "2", "2"]
+    output = run_example("pruning", *arguments, "--methods", "mac", "--percent", "20")
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["unpruned", "mac 20 %"]
+    assert all(row[split]["words"] == 12 for row in results.values() for split in ("valid", "test"))
+    assert (out / "mac_20/pruned.png").read_bytes().startswith(b"\x89PNG")
+    assert "| mac 20 % |" in output
+
+
 def run_example(name, *arguments):
     """Runs examples/NAME/run.py; returns what it printed."""
     command = [sys.executable, str(ROOT / "examples" / name / "run.py"), *arguments]

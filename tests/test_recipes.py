@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from fairseq import optim
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from fairseq.models import MODEL_DATACLASS_REGISTRY, build_model
 from fairseq.models.wav2vec import wav2vec2
+from fairseq.optim import lr_scheduler
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
@@ -24,8 +26,11 @@ from omegaconf import OmegaConf, open_dict
 import fairseq_w2v2_light  # noqa: F401 - registers the models
 from fairseq_w2v2_light.cli import student
 from fairseq_w2v2_light.compress.student import parse_layers, student_config
+from fairseq_w2v2_light.criterions.sparsity import MULTIPLIERS_GROUP, Multipliers, check_method
 from fairseq_w2v2_light.models import network_config
 from fairseq_w2v2_light.models.recipe import load_recipe, read_recipe
+from fairseq_w2v2_light.models.w2v2_light import GATES_GROUP
+from fairseq_w2v2_light.nn.gates import HardConcrete
 from fairseq_w2v2_light.nn.positions import causal_kernel
 from fairseq_w2v2_light.paths import config_dir
 
@@ -35,10 +40,11 @@ except ImportError:
     from hydra.experimental import compose, initialize_config_dir
 
 ALL = sorted(path.relative_to(config_dir()).as_posix() for path in config_dir().rglob("*.yaml"))
-TRAINING = [name for name in ALL if name.startswith(("pretraining/", "finetuning/", "distillation/"))]
+TRAINING = [name for name in ALL if name.startswith(("pretraining/", "finetuning/", "distillation/", "pruning/"))]
 PRETRAINING = [name for name in ALL if name.startswith("pretraining/")]
 FINETUNING = [name for name in ALL if name.startswith("finetuning/")]
 DISTILLATION = [name for name in ALL if name.startswith("distillation/")]
+PRUNING = [name for name in ALL if name.startswith("pruning/")]
 
 SCALED_RUN = [
     "common.fp16=false",
@@ -154,6 +160,8 @@ def test_the_recipes_are_there():
     students = {"bigfoot_12", "bigfoot_4", "light_student", "tiny", *(f"distillw2v2_s{row}" for row in range(1, 6))}
     students |= {f"streaming_{latency}" for latency in ("240ms", "480ms", "960ms", "dynamic", "tiny")}
     assert {f"distillation/{name}.yaml" for name in students} <= set(DISTILLATION)
+    pruned = {"hj_size", "hj_sepsize", "hj_mac", "prune_and_distil", "tiny"}
+    assert {f"pruning/{name}.yaml" for name in pruned} == set(PRUNING)
 
 
 @pytest.mark.parametrize("recipe", ALL)
@@ -368,6 +376,89 @@ def test_streaming_recipe_builds_a_streaming_student(recipe):
 def test_pretraining_recipe_does_not_stream(recipe):
     model = load(recipe).model
     assert (list(model.chunk_frames), model.left_context_frames, model.lookahead_frames) == ([], 300, 0)
+
+
+def test_hj_pruning_has_the_papers_figures():
+    """30 epochs of train-clean-100's 28,539 utterances in batches of 64, the target growing over 5 of them."""
+    for name in ("hj_size", "hj_sepsize", "hj_mac", "prune_and_distil"):
+        cfg = load(f"pruning/{name}.yaml", "task.data=/tmp/data")
+        batch = cfg.distributed_training.distributed_world_size * cfg.dataset.batch_size
+        epoch = -(-28_539 // batch)
+        assert batch == 64 and cfg.criterion.report_updates == epoch == 446
+        assert (cfg.optimization.max_update, cfg.criterion.ramp_updates) == (30 * epoch, 5 * epoch)
+        groups = cfg.optimizer.groups
+        assert list(cfg.optimization.lr) == [1.5e-4] and groups.default.lr_scheduler.warmup_updates == 3000
+        assert groups.gates.lr_float == 0.02
+        assert cfg.criterion.method == {"hj_size": "size", "hj_sepsize": "sepsize"}.get(name, "mac")
+        assert cfg.criterion.loss == ("distill" if name == "prune_and_distil" else "ctc")
+
+
+@pytest.mark.parametrize("recipe", PRUNING)
+def test_pruning_recipe_trains_every_gate(recipe):
+    cfg = load(recipe, "task.data=/tmp/data")
+    assert list(cfg.model.prune_units) == ["conv", "heads", "ffn", "hidden"]
+    assert cfg.model.feature_grad_mult == 1.0 and cfg.model.freeze_finetune_updates == 0
+    assert cfg.common.fp16_no_flatten_grads is True
+    network = network_config(read_recipe("pretraining/w2v2_light_base", {"unique_layers": 12}).model)
+    network = dataclasses.replace(network, prune_units=tuple(cfg.model.prune_units))
+    targets = {"mac": cfg.criterion.target}
+    if cfg.criterion.method == "sepsize":
+        targets = {"cnn": cfg.criterion.cnn_target, "transformer": cfg.criterion.target}
+    elif cfg.criterion.method == "size":
+        targets = {"size": cfg.criterion.target}
+    check_method(cfg.criterion.method, network, targets, 32)
+
+
+@pytest.mark.parametrize("recipe", PRUNING)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_pruning_recipe_steps_each_group_at_its_own_rate(recipe, precision):
+    """What fairseq's trainer does with its optimizer; a CPU trains nothing in fp16."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    cfg = load(recipe, "task.data=/tmp/data", "optimization.lr=[0.25]")
+    cfg.common.fp16, cfg.common.bf16 = precision == "fp16", precision == "bf16"
+    modules = torch.nn.ModuleList([torch.nn.Linear(4, 4), HardConcrete(5), Multipliers(["mac"])]).to(dtype)
+    modules[1].log_alpha.param_group = GATES_GROUP
+    before = copy.deepcopy(modules.state_dict())
+    if precision == "fp32":
+        optimizer = optim.build_optimizer(cfg.optimizer, list(modules.parameters()))
+    else:
+        optimizer = optim.FP16Optimizer.build_optimizer(cfg, list(modules.parameters()))
+    rates = lr_scheduler.build_lr_scheduler(cfg.lr_scheduler, optimizer).step_update(cfg.optimization.max_update // 4)
+    optimizer.zero_grad()
+    optimizer.backward(sum(parameter.float().sum() for parameter in modules.parameters()))
+    optimizer.step()
+
+    assert set(rates) == {"default", GATES_GROUP, MULTIPLIERS_GROUP}
+    assert 0.1 < rates["default"] <= 0.25 and 0 < rates[GATES_GROUP] < 0.1 and rates[MULTIPLIERS_GROUP] > 0
+    groups = {"0": "default", "1": GATES_GROUP, "2": MULTIPLIERS_GROUP}
+    for name, value in modules.state_dict().items():
+        assert value.dtype == (dtype if name.startswith("0") else torch.float32)
+        # the first step of Adam, and of SGD with a gradient of 1, is as long as the learning rate
+        step = (before[name].float() - value.float()).abs()
+        rough = 1e-2 if name.startswith("0") and dtype != torch.float32 else 1e-4
+        assert torch.allclose(step, torch.full_like(step, rates[groups[name[0]]]), rtol=0, atol=rough), name
+
+
+def test_pruning_recipe_takes_plain_overrides():
+    cfg = load(
+        "pruning/hj_sepsize.yaml",
+        *SCALED_RUN[:-1],
+        "criterion.method=mac",
+        "criterion.target=0.6",
+        "criterion.cnn_target=0.1",
+        "criterion.ramp_updates=1",
+        "criterion.stiffness=10",
+        "criterion.loss=distill",
+        "criterion.teacher=/tmp/teacher.pt",
+        "optimizer.groups.gates.lr_float=0.05",
+        "optimizer.groups.default.lr_scheduler.warmup_updates=1",
+        "model.w2v_path=/tmp/checkpoint_last.pt",
+        "model.prune_units=[heads,ffn,hidden]",
+        "model.mask_prob=0.3",
+    )
+    assert (cfg.criterion.method, cfg.criterion.target, cfg.optimizer.groups.gates.lr_float) == ("mac", 0.6, 0.05)
+    assert list(cfg.model.prune_units) == ["heads", "ffn", "hidden"]
+    assert cfg.optimizer.groups.default.lr_float == 0.001
 
 
 def test_bigfoot_schedule_is_its_authors():

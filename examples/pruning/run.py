@@ -1,0 +1,149 @@
+"""Prune a model of real connected digits, frontend and Transformer together or the Transformer alone, and compare.
+
+    python examples/pruning/run.py FOLDER [--checkpoint CHECKPOINT]
+
+FOLDER is a fairseq manifest folder (`w2v2-light prepare` makes one from your recordings): train, valid and test with
+letter labels. Phase 1, fine-tuning, is the plain model of examples/digits, unless --checkpoint gives a fine-tuned one.
+Then, for each method and each share of the MACs to remove: phase 2 prunes by gates, `w2v2-light prune` removes what
+they closed, phase 3 fine-tunes what is left. Every step prints its command; a run that was stopped goes on where it
+was.
+"""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from fairseq_w2v2_light.cli.main import main as w2v2_light
+from fairseq_w2v2_light.data.manifest import localise_manifest
+from fairseq_w2v2_light.files import atomic_write_text
+from fairseq_w2v2_light.study.cost import cost, load_subject
+from fairseq_w2v2_light.study.experiment import decode, train, train_plain
+from fairseq_w2v2_light.study.speed import compare_real_time_factors
+
+SPLITS = ("valid", "test")
+POINT = "s1q1k1"
+TRANSFORMER = ["model.prune_units=[heads,ffn,hidden]"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="manifest folder with train, valid, test and letter labels")
+    parser.add_argument("--checkpoint", type=Path, help="CTC checkpoint to prune; default: trained first")
+    parser.add_argument("--out", type=Path, default=Path("outputs/pruning"), help="where everything goes")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--percent", nargs="+", type=int, default=(20, 40, 60), help="of the MACs to remove")
+    parser.add_argument("--updates", type=int, nargs=2, default=(900, 600), metavar=("PRUNE", "FINETUNE"))
+    parser.add_argument("--first-updates", type=int, nargs=2, default=(400, 3000), help="of phase 1, with pre-training")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    data = args.out / "data"
+    if not (data / "train.tsv").is_file():
+        localise_manifest(args.data, data)
+    start = args.checkpoint or train_plain(data, args.out / "start", args.first_updates, say)
+    start = start.resolve()
+
+    models = {"unpruned": start}
+    for percent in args.percent:
+        for method in args.methods:
+            models[f"{method} {percent} %"] = prune_model(method, percent, start, data, args)
+    speeds = compare_real_time_factors(models, data, "test")
+    results = {name: measure(name, checkpoint, data, speeds[name], args) for name, checkpoint in models.items()}
+    atomic_write_text(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    table = format_results(results)
+    atomic_write_text(args.out / "results.md", table + "\n")
+    say("\n" + table)
+
+
+def by_macs(percent: int, start: Path):
+    """`mac`: of all MACs."""
+    return [f"criterion.target={percent / 100:g}"]
+
+
+def by_sizes(percent: int, start: Path):
+    """`sepsize`: as much of the frontend's parameters as of the Transformer's."""
+    return [f"criterion.target={percent / 100:g}", f"criterion.cnn_target={percent / 100:g}"]
+
+
+def by_transformer_size(percent: int, start: Path):
+    """`transformer`: the share of its parameters that has about that share of all MACs.
+
+    Heads go first, which have more MACs for each parameter than the FFN.
+    """
+    macs = cost(load_subject(str(start), []))["macs_by_part"]
+    heads, ffn = (macs[part] / sum(macs.values()) for part in ("attention", "ffn"))
+    wanted = percent / 100
+    share = wanted / heads / 3 if wanted <= heads else 1 / 3 + (wanted - heads) / ffn * 2 / 3
+    return [f"criterion.target={min(share, 0.95):.3f}", *TRANSFORMER]
+
+
+METHODS = {"mac": by_macs, "sepsize": by_sizes, "transformer": by_transformer_size}
+
+
+def prune_model(method: str, percent: int, start: Path, data: Path, args) -> Path:
+    """Phases 2 and 3; returns the pruned and fine-tuned checkpoint."""
+    out = args.out / f"{method}_{percent}"
+    settings = [
+        f"model.w2v_path={start}",
+        f"criterion.method={method}",
+        *METHODS[method](percent, start),
+        f"common.seed={args.seed}",
+    ]
+    gated = train("pruning/tiny", data, out / "gated", settings, args.updates[0], say)
+    pruned = out / "pruned.pt"
+    if not pruned.is_file():
+        command = ["prune", str(gated), str(pruned), "--report"]
+        say("$ " + shlex.join(["w2v2-light", *command]))
+        if w2v2_light(command) != 0:
+            raise SystemExit(2)
+    settings = [f"model.w2v_path={pruned.resolve()}", *LAST_PHASE, f"common.seed={args.seed}"]
+    return train("finetuning/tiny", data, out / "finetuned", settings, args.updates[1], say)
+
+
+# of phase 3; the learning rate is a third of phase 1's, as in the paper
+LAST_PHASE = ["optimization.lr=[0.0003]"]
+
+
+def measure(name: str, checkpoint: Path, data: Path, speed: float, args) -> dict:
+    """Decodes a model with fairseq's own infer and counts it."""
+    counted = cost(load_subject(str(checkpoint), []))
+    row = {"parameters": counted["parameters"], "macs": counted["macs"], "macs_by_part": counted["macs_by_part"]}
+    row["real_time_factor"] = speed
+    for split in SPLITS:
+        folder = args.out / name.replace(" %", "").replace(" ", "_") / "decoded"
+        decoded = decode(checkpoint, data, [POINT], folder, split, report=say)[0]
+        row[split] = {key: decoded[key] for key in ("errors", "words", "wer")}
+    say(f"  {name}: " + ", ".join(f"{split} WER {row[split]['wer']:.2f} %" for split in SPLITS))
+    return row
+
+
+def format_results(results) -> str:
+    """A Markdown table; the first model is the one that was pruned."""
+    before = next(iter(results.values()))
+    lines = [
+        "| model | MACs removed | of the frontend | parameters | real-time factor | speed-up | / MAC ratio | "
+        + " | ".join(f"{split} WER %" for split in SPLITS)
+        + " |",
+        "|---" * (7 + len(SPLITS)) + "|",
+    ]
+    for name, row in results.items():
+        faster, fewer = before["real_time_factor"] / row["real_time_factor"], before["macs"] / row["macs"]
+        cells = [
+            f"{100 * (1 - 1 / fewer):.1f} %",
+            f"{100 * (1 - row['macs_by_part']['frontend'] / before['macs_by_part']['frontend']):.1f} %",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['real_time_factor']:.4f}",
+            f"{faster:.2f}",
+            f"{faster / fewer:.2f}",
+            *(f"{row[split]['wer']:.2f}" for split in SPLITS),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
