@@ -61,20 +61,20 @@ def by_macs(percent: int, start: Path):
 
 
 def by_sizes(percent: int, start: Path):
-    """`sepsize`: as much of the frontend's parameters as of the Transformer's."""
-    return [f"criterion.target={percent / 100:g}", f"criterion.cnn_target={percent / 100:g}"]
+    """`sepsize`: as much of the frontend's parameters as of the Transformer's.
+
+    More than the share of the MACs: parameters go from late frontend layers, which hear few frames. On digits 40 % of
+    both had 34 % of the MACs, 60 % had 52 %.
+    """
+    target = min(percent / 86, 0.95)
+    return [f"criterion.target={target:.3f}", f"criterion.cnn_target={target:.3f}"]
 
 
 def by_transformer_size(percent: int, start: Path):
-    """`transformer`: the share of its parameters that has about that share of all MACs.
-
-    Heads go first, which have more MACs for each parameter than the FFN.
-    """
+    """`transformer`: the share of its parameters that has that share of all MACs, if both shrink alike."""
     macs = cost(load_subject(str(start), []))["macs_by_part"]
-    heads, ffn = (macs[part] / sum(macs.values()) for part in ("attention", "ffn"))
-    wanted = percent / 100
-    share = wanted / heads / 3 if wanted <= heads else 1 / 3 + (wanted - heads) / ffn * 2 / 3
-    return [f"criterion.target={min(share, 0.95):.3f}", *TRANSFORMER]
+    share = (macs["attention"] + macs["ffn"]) / sum(macs.values())
+    return [f"criterion.target={min(percent / 100 / share, 0.95):.3f}", *TRANSFORMER]
 
 
 METHODS = {"mac": by_macs, "sepsize": by_sizes, "transformer": by_transformer_size}

@@ -44,21 +44,23 @@ def hard_concretes(gates):
 
 
 def control(method, target, steps=300, lr=0.1):
-    """Trains gates on a toy loss, a price for what each removes, with the schedule of the tiny recipe."""
+    """Trains gates on a toy loss, a price for what each removes, with the optimizers of the recipes."""
     torch.manual_seed(0)
     config = network(TRANSFORMER if method == "transformer" else ALL)
-    gates, multipliers = Gates(config).train(), Multipliers(METHODS[method])
+    gates, multipliers = Gates(config).train(), Multipliers(METHODS[method], stiffness=500.0)
     prices = [torch.rand_like(gate.log_alpha) / gate.log_alpha.numel() / 10 for gate in hard_concretes(gates)]
-    groups = [{"params": list(gates.parameters())}, {"params": list(multipliers.parameters()), "lr": lr / 5}]
-    optimizer = torch.optim.Adam(groups, lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(gates.parameters(), lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    ascent = torch.optim.SGD(multipliers.parameters(), lr=2.0)
     for step in range(steps):
         optimizer.zero_grad()
+        ascent.zero_grad()
         loss = sum((price * (1 - gate()).square()).sum() for price, gate in zip(prices, hard_concretes(gates)))
         found = sparsities(method, config, gates.probabilities(), vocabulary=30)
         wanted = {name: ramped(target, step, steps // 2) for name in METHODS[method]}
         (loss + multipliers.penalty(found, wanted)).backward()
         optimizer.step()
+        ascent.step()
         schedule.step()
     with torch.no_grad():
         ends = (gates.probabilities(), opened(gates.decided()))
