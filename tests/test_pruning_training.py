@@ -94,9 +94,16 @@ def train(config, corpus, save_dir, *overrides, program=None):
 
 def finish(process):
     """What a training printed, once it has ended well."""
-    output, _ = process.communicate(timeout=300)
+    output = printed(process)
     assert process.returncode == 0, output[-3000:]
     return output
+
+
+def printed(process):
+    try:
+        return process.communicate(timeout=600)[0]
+    finally:
+        process.kill()
 
 
 def state(path):
@@ -291,7 +298,7 @@ def test_pruning_while_pre_training(corpus, encoder, tmp_path, capsys):
 def test_gates_that_no_gradient_reaches_are_refused(corpus, tuned, tmp_path):
     overrides = [f"model.w2v_path={tuned}", "model.feature_grad_mult=0.0"]
     process = train("pruning/tiny", corpus, tmp_path, *overrides)
-    output, _ = process.communicate(timeout=300)
+    output = printed(process)
     assert process.returncode != 0
     for word in ("model.feature_grad_mult: found 0", "prune_units", "set model.feature_grad_mult=1.0"):
         assert word in output
