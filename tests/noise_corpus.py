@@ -23,6 +23,22 @@ TINY_PRETRAINING = [
     "task.min_sample_size=8000",
 ]
 
+# as the training program of a run over several ranks: each saves its model and criterion to $DUMP after every update
+RANK_SCRIPT = """
+import os, torch
+from fairseq import trainer
+stock_step = trainer.Trainer.train_step
+def train_step(self, samples, **kwargs):
+    result = stock_step(self, samples, **kwargs)
+    rank = self.cfg.distributed_training.distributed_rank
+    state = {"model": self.get_model().state_dict(), "criterion": self.get_criterion().state_dict()}
+    torch.save(state, os.path.join(os.environ["DUMP"], f"rank{rank}.pt"))
+    return result
+trainer.Trainer.train_step = train_step
+from fairseq_cli.hydra_train import cli_main
+cli_main()
+"""
+
 
 def write_noise_corpus(root, utterances=12):
     """Writes utterances of one to two seconds to `root`, with manifests and letter labels for train, valid and test."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from noise_corpus import write_noise_corpus
+from noise_corpus import RANK_SCRIPT, write_noise_corpus
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.cli.infer import infer
@@ -49,22 +49,6 @@ SMALL = [
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_noise_corpus(tmp_path_factory.mktemp("noise"))
-
-
-RANK_SCRIPT = """
-import os, torch
-from fairseq import trainer
-stock_step = trainer.Trainer.train_step
-def train_step(self, samples, **kwargs):
-    result = stock_step(self, samples, **kwargs)
-    rank = self.cfg.distributed_training.distributed_rank
-    state = {"model": self.get_model().state_dict(), "criterion": self.get_criterion().state_dict()}
-    torch.save(state, os.path.join(os.environ["DUMP"], f"rank{rank}.pt"))
-    return result
-trainer.Trainer.train_step = train_step
-from fairseq_cli.hydra_train import cli_main
-cli_main()
-"""
 
 
 def train(config, data, save_dir, *overrides, wait=True, program=None):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq.data import Dictionary
-from noise_corpus import SMALL_RUN, write_noise_corpus
+from noise_corpus import RANK_SCRIPT, SMALL_RUN, write_noise_corpus
 from omegaconf import OmegaConf
 from tiny_checkpoints import container, ctc_model, save_checkpoint, save_ctc
 
@@ -48,21 +48,6 @@ HASTY = [
     "optimizer.groups.multipliers.lr_float=1.0",
 ]
 GATES = "w2v_encoder.w2v_model.gates."
-
-RANK_SCRIPT = """
-import os, torch
-from fairseq import trainer
-stock_step = trainer.Trainer.train_step
-def train_step(self, samples, **kwargs):
-    result = stock_step(self, samples, **kwargs)
-    rank = self.cfg.distributed_training.distributed_rank
-    state = {"model": self.get_model().state_dict(), "criterion": self.get_criterion().state_dict()}
-    torch.save(state, os.path.join(os.environ["DUMP"], f"rank{rank}.pt"))
-    return result
-trainer.Trainer.train_step = train_step
-from fairseq_cli.hydra_train import cli_main
-cli_main()
-"""
 
 
 @pytest.fixture(scope="module")

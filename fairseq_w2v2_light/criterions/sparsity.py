@@ -9,6 +9,7 @@ from ..nn.config import PRUNE_UNITS, EncoderConfig
 from ..nn.counts import Widths, count_macs, count_parameters, expected_widths
 from ..nn.gates import Gates, GateValues
 from ..nn.operating_point import OperatingPoint
+from ..nn.precision import Fp32Parameters
 
 # the group of fairseq's composite optimizer that trains the multipliers
 MULTIPLIERS_GROUP = "multipliers"
@@ -24,7 +25,7 @@ VIRTUAL_SAMPLES = 160_000
 _LEVELS = "▁▂▃▄▅▆▇█"
 
 
-class Multipliers(nn.Module):
+class Multipliers(Fp32Parameters):
     """Lagrange multipliers l1 and l2 of each constraint, which every optimizer that descends makes ascend.
 
     l1 starts at 0, l2 at `stiffness`. The paper does not say where they start. From 0, both grow while the gates lag
@@ -47,15 +48,6 @@ class Multipliers(nn.Module):
         values = 2 * self.values.detach() - self.values
         gaps = torch.stack([sparsity[name].float() - target[name] for name in self.constraints])
         return (values[:, 0] * gaps + values[:, 1] * gaps.square()).sum()
-
-    def _apply(self, function, *args, **kwargs):
-        precise = self.values.detach().clone()
-        super()._apply(function, *args, **kwargs)
-        if self.values.dtype != torch.float32:
-            self.values.data = precise.to(self.values.device)
-            if self.values.grad is not None:
-                self.values.grad = self.values.grad.float()
-        return self
 
 
 def ramped(target: float, updates: int, ramp_updates: int) -> float:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from .config import EncoderConfig
 from .gating import GateValues
+from .precision import Fp32Parameters
 
 _Values = Callable[[List["HardConcrete"]], List[Tensor]]
 # of the probability that an open gate is drawn as not zero
 _LIMIT = 1e-6
 
 
-class HardConcrete(nn.Module):
+class HardConcrete(Fp32Parameters):
     """Gates z in [0, 1] that are 0 or 1 with a probability of their own, and through which gradients flow.
 
     Louizos et al. (arXiv 1712.01312), as in HJ-Pruning (arXiv 2302.14132), eqs. (2) and (3): with u ~ U(0, 1),
@@ -82,23 +83,6 @@ class HardConcrete(nn.Module):
     def _stretched(self, v: Tensor) -> Tensor:
         return ((self.high - self.low) * v + self.low).clamp(0.0, 1.0)
 
-    def _apply(self, function, *args, **kwargs):
-        gradient = self.log_alpha.grad
-        precise = [self.log_alpha.detach().clone(), None if gradient is None else gradient.clone()]
-        super()._apply(function, *args, **kwargs)
-        if self.log_alpha.dtype != torch.float32:
-            device = self.log_alpha.device
-            self.log_alpha.grad = None
-            self.log_alpha.data = precise[0].to(device)
-            self.log_alpha.grad = None if gradient is None else precise[1].to(device)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        key = f"{prefix}log_alpha"
-        if key in state_dict:
-            state_dict[key] = state_dict[key].float()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 @torch.no_grad()
 def decide(gates: Sequence[HardConcrete]) -> List[Tensor]:
@@ -131,10 +115,11 @@ class Gates(nn.Module):
         super().__init__()
         units = config.prune_units
         stored = range(config.unique_layers)
+        own_conv = len(config.conv_layers) - (not config.projects)
         groups = config.map_groups
         self._heads_of = {index: group for group, members in groups.items() for index in members}
         sizes: Dict[str, Dict[int, int]] = {
-            "conv": {index: layer[0] for index, layer in enumerate(config.conv_layers)},
+            "conv": {index: layer[0] for index, layer in enumerate(config.conv_layers[:own_conv])},
             "heads": {group: config.heads_of(group) for group in groups},
             "ffn": {index: config.ffn_of(index) for index in stored},
         }
@@ -144,8 +129,6 @@ class Gates(nn.Module):
         self.hidden = HardConcrete(config.dim) if "hidden" in units else None
         self._shape = len(config.conv_layers), config.unique_layers
         self._last_is_hidden = not config.projects and self.conv is not None
-        if self._last_is_hidden:
-            del self.conv[str(len(config.conv_layers) - 1)]
 
     def forward(self) -> GateValues:
         """One draw in training, the decided gates in evaluation."""
