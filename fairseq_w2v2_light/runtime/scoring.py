@@ -170,8 +170,8 @@ class _Search:
     def _last_costs(self, rows: Optional[int] = None) -> np.ndarray:
         """(width,) costs of the first `rows` rows (default: all) on each diagonal."""
         costs = self._first_costs()
-        for _, _, costs in self._costs(rows):
-            pass
+        for row in self._costs(rows):
+            costs = row[-1]
         return costs
 
     def _first_costs(self) -> np.ndarray:
