@@ -121,7 +121,8 @@ def _recognised(args, references: List[Reference]) -> Iterator[Result]:
     _check_audio(references)
     recognizer = recognition_options.recognizer(args)
     entries = []
-    for recognizer.point in recognition_options.points(args, recognizer, args.all_points):
+    for point in recognition_options.points(args, recognizer, args.all_points):
+        recognizer.point = point
         about = recognition_options.describe(args, recognizer)
         result = recognise(recognizer, references, lambda text: normalised(args, text), about)
         entries.append(_entry(args, result))
