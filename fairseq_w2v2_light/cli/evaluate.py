@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
@@ -68,6 +70,13 @@ def add_arguments(parser) -> None:
         help="where lines of text have an id: none, first (`ID TEXT`), last (`TEXT (ID)`); auto: as they look",
     )
     recognition_options.add_arguments(parser, several_points=True)
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=40.0,
+        metavar="SECONDS",
+        help="utterances up to this are heard whole, as by `infer`; longer ones are cut (default: 40; transcribe: 20)",
+    )
     parser.add_argument("--all-points", action="store_true", help="evaluate every operating point of the model")
     parser.add_argument(
         "--write-to-folder",
@@ -120,17 +129,33 @@ def _recognised(args, references: List[Reference]) -> Iterator[Result]:
         )
     _check_audio(references)
     recognizer = recognition_options.recognizer(args)
+    recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=args.window)
     entries = []
     for point in recognition_options.points(args, recognizer, args.all_points):
         recognizer.point = point
         about = recognition_options.describe(args, recognizer)
         result = recognise(recognizer, references, lambda text: normalised(args, text), about)
+        if args.auto_operating_point:
+            _compare_with_budget(args.budget, result)
         entries.append(_entry(args, result))
         yield result
     if args.write_to_folder:
         from ..runtime.operating import record
 
         record(args.model, entries)
+
+
+def _compare_with_budget(budget: str, result: Result) -> None:
+    """Says so on standard error where a run took more than its budget and a tenth."""
+    from ..runtime.operating import parse_budget
+
+    factor = result.compute / result.audio if result.audio else 0.0
+    if factor > 1.1 * parse_budget(budget):
+        print(
+            f"note: this run had a real-time factor of {factor:.4g}, above the budget: the machine was busier than "
+            "when it was measured (--measure-again), or the utterances are much shorter than 10 s",
+            file=sys.stderr,
+        )
 
 
 def recognise(
@@ -314,6 +339,8 @@ def _check_options(args) -> None:
         given = [name for name in _OF_A_MODEL if getattr(args, name) not in (None, "", False, "auto")]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: for --model only; --hypotheses are texts already")
+    if not (math.isfinite(args.window) and args.window > 0):
+        raise ValueError(f"--window: found {args.window:g} seconds, expected a positive number")
     several = args.all_points or "," in args.operating_point
     if several and args.per_utterance is not None:
         raise ValueError(

@@ -141,11 +141,11 @@ def points(args, made, all_points: bool = False) -> List[Any]:
     from ..runtime.folder import is_model_folder, read_config
     from ..runtime.operating import trained_points
 
-    space = made.model.config.operating_points
     if all_points:
         about = read_config(args.model).get("about") if is_model_folder(args.model) else None
         return trained_points(made.model.config, made.model.point, about)
     if "," in args.operating_point:
+        space = made.model.config.operating_points
         named = [space.check(OperatingPoint.parse(text)) for text in args.operating_point.split(",")]
         return list(dict.fromkeys(named))
     return [made.point]
