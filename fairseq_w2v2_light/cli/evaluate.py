@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
@@ -43,7 +44,8 @@ def add_arguments(parser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         "Counts are of the alignment with the fewest errors and, among those, the most hits; characters include the\n"
-        "blanks between words. Nothing is normalised but white space, unless an option asks for it.\n\n"
+        "blanks between words. Nothing is normalised but white space, unless an option asks for it; then accents are\n"
+        "composed (Unicode NFC), too.\n\n"
         "  w2v2-light evaluate DATA --split test --model FOLDER\n"
         "  w2v2-light evaluate table.csv --model FOLDER --auto-operating-point --budget rtf=0.05\n"
         "  w2v2-light evaluate DATA --model FOLDER --all-points --write-to-folder\n"
@@ -163,8 +165,8 @@ def recognise(
 ) -> Result:
     """Transcribes the audio of references and scores the texts.
 
-    Raises ValueError that names the first file that could not be transcribed, and unless there are as many texts as
-    references.
+    Files that cannot be transcribed are named on standard error as they come. Raises ValueError where there were any,
+    and unless there are as many texts as references.
     """
     texts, failed, audio = [], [], 0.0
     began = time.perf_counter()
@@ -172,6 +174,7 @@ def recognise(
     for transcript in progress(transcripts, about.get("operating_point", ""), len(references)):
         if transcript.error:
             failed.append(f"{references[len(texts)].where}: {transcript.error}")
+            print(failed[-1], file=sys.stderr)
         texts.append(transcript.text)
         audio += transcript.seconds
     compute = time.perf_counter() - began
@@ -179,8 +182,8 @@ def recognise(
         raise ValueError(f"{len(texts)} hypotheses for {len(references)} references: the recogniser lost some")
     if failed:
         raise ValueError(
-            f"{failed[0]} ({len(failed)} of {len(references)} utterances could not be transcribed; the error rate of "
-            "the others would not be that of the set: mend or remove these)"
+            f"{len(failed)} of {len(references)} utterances could not be transcribed, and the error rate of the others "
+            f"would not be that of the set; mend or remove these: {failed[0]}"
         )
     return scored(references, texts, normalise, about)._replace(audio=audio, compute=compute)
 
@@ -202,7 +205,9 @@ def scored(
 
 
 def normalised(args, text: str) -> str:
-    """A text as the options of normalisation want it."""
+    """A text as the options of normalisation want it; without any, as it is."""
+    if args.lowercase or args.remove_punctuation:
+        text = unicodedata.normalize("NFC", text)
     text = text.lower() if args.lowercase else text
     return remove_punctuation(text) if args.remove_punctuation else text
 

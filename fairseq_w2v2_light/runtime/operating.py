@@ -40,6 +40,7 @@ SECONDS = 10
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 20
 TIME_LIMIT = 60.0
 _SLOW = 90  # percentile
+_LONG = 10.0  # seconds to wait without a word
 _CACHE_VERSION = 1
 
 Run = Callable[[OperatingPoint, np.ndarray], Any]
@@ -160,15 +161,21 @@ def measure(
     points: Sequence[OperatingPoint],
     sample_rate: int = 16000,
     clock: Callable[[], float] = time.perf_counter,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Dict[OperatingPoint, Speed]:
     """Runs every point on ten seconds of noise, in turns, once more than counts; takes about a minute at most, or the
     time of six runs of each point where that is more.
 
-    run: takes a point and (samples,) float32.
+    run: takes a point and (samples,) float32. note: is told how long it will take, if that is long.
     """
     noise = np.random.default_rng(0).normal(0, 0.1, SECONDS * sample_rate).astype(np.float32)
+    began = clock()
     for point in points:
         run(point, noise)
+    first = clock() - began
+    expected = max(min(TIME_LIMIT, MOST_ROUNDS * first), FEWEST_ROUNDS * first)
+    if expected > _LONG:
+        note(f"this takes about {expected:.0f} s")
     times: Dict[OperatingPoint, List[float]] = {point: [] for point in points}
     began = clock()
     for rounds in range(MOST_ROUNDS):
@@ -344,7 +351,7 @@ def kept_or_measured(
         return kept
     where = f"kept in {file}" if file is not None else "not kept: there is no home directory"
     note(f"measuring {len(points)} operating point{'s' * (len(points) > 1)} on this machine, once ({where})")
-    speeds = measure(run, points, sample_rate)
+    speeds = measure(run, points, sample_rate, note=note)
     try:
         if file is not None:
             write_cache(file, key, speeds)

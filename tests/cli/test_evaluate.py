@@ -124,13 +124,13 @@ def test_texts_against_texts(tmp_path, capsys):
 
 
 def test_normalisation_is_asked_for(tmp_path, capsys):
-    references = lines(tmp_path / "r.txt", "Yes,  it\u2019s half-past ONE!")
-    hypotheses = lines(tmp_path / "h.txt", "yes it's half past one")
+    references = lines(tmp_path / "r.txt", "Yes,  it\u2019s half-past ONE, Rene\u0301!")
+    hypotheses = lines(tmp_path / "h.txt", "yes it's half past one ren\u00e9")
     wers = {
         options: values(capsys, references, "--hypotheses", hypotheses, *options)["wer"]
         for options in [(), ("--lowercase",), ("--remove-punctuation",), ("--lowercase", "--remove-punctuation")]
     }
-    assert list(wers.values()) == [125, 125, 40, 0]
+    assert list(wers.values()) == [120, 120, 50, 0]
 
 
 @pytest.mark.parametrize("name", ["out.txt", "out.jsonl"])
@@ -242,7 +242,9 @@ def test_error_rates_are_written_to_the_folder_and_choose_the_point(data, model,
     assert [entry["wer"] for entry in entries] == [pytest.approx(result["wer"], abs=1e-3) for result in found]
     assert {entry["references"] for entry in entries} == {f"{data.name}/test, lowercase"}
     assert (entries[0]["words"], entries[0]["dtype"], entries[0]["decoder"]) == (8, "float32", "greedy")
-    monkeypatch.setattr(operating, "measure", lambda run, points, rate: {point: Speed(0.1, 0.2) for point in points})
+    monkeypatch.setattr(
+        operating, "measure", lambda run, points, rate, note: {point: Speed(0.1, 0.2) for point in points}
+    )
     best = min(found, key=lambda result: (result["wer"], result["operating_point"] < "s2"))
     assert call(data, "--model", model, "--auto-operating-point", "--budget", "rtf=99", "--json", "-v") == 0
     captured = capsys.readouterr()
@@ -272,7 +274,9 @@ def test_an_operating_point_for_a_budget_is_measured_once(data, model, capsys):
 
 
 def test_a_run_beyond_its_budget_is_told(data, model, capsys, monkeypatch):
-    monkeypatch.setattr(operating, "measure", lambda run, points, rate: {point: Speed(1e-9, 1e-9) for point in points})
+    monkeypatch.setattr(
+        operating, "measure", lambda run, points, rate, note: {point: Speed(1e-9, 1e-9) for point in points}
+    )
     assert call(data, "--model", model, "--auto-operating-point", "--budget", "rtf=1e-8") == 0
     assert "note: this run had a real-time factor of " in capsys.readouterr().err
 
@@ -306,7 +310,8 @@ def test_hypotheses_that_are_lost_or_too_many_are_noticed(data, recognizer, caps
 def test_audio_that_breaks_off_is_named_and_nothing_is_scored(data, recognizer, capsys):
     recognizer(("AB A", None), ("B", "u1.wav: found a NaN"), ("", None), ("", "u3.wav: found a NaN"))
     message = failure(capsys, data, "--model", "m")
-    assert f"{data / 'test.tsv'}:3: u1.wav: found a NaN (2 of 4 utterances could not be transcribed" in message
+    assert message.count("found a NaN") == 3 and "2 of 4 utterances could not be transcribed" in message
+    assert message.endswith(f"mend or remove these: {data / 'test.tsv'}:3: u1.wav: found a NaN\n")
 
 
 def test_perfect_hypotheses(data, recognizer, capsys):

@@ -173,9 +173,10 @@ def test_points_are_measured_in_turns_after_a_run_that_does_not_count():
 
 
 def test_slow_models_are_measured_a_few_times():
-    machine = Machine({S1: [30.0] * 99})
-    measure(machine.run, [S1], 8000, machine.clock)
+    machine, notes = Machine({S1: [30.0] * 99}), []
+    measure(machine.run, [S1], 8000, machine.clock, notes.append)
     assert len(machine.runs) == operating.FEWEST_ROUNDS + 1
+    assert notes == ["this takes about 150 s"]
 
 
 def test_the_most_accurate_point_that_keeps_the_budget_is_chosen():
