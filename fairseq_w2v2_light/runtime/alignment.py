@@ -45,18 +45,17 @@ def timed_words(
     first_frame: float,
     frame_seconds: float,
     loudness: np.ndarray,
-    first_step: int,
+    origin: float,
     step_seconds: float,
 ) -> Tuple[TimedWord, ...]:
     """The words of decoded tokens, whose confidence is the geometric mean of their labels'.
 
     tokens: with frames of `frame_seconds` each. first_frame: when frame 0 begins, in seconds. loudness: (steps,) in dB
-    above a pause of each step of `step_seconds`. first_step: index of the first of them, counted since the beginning.
+    above a pause of each step of `step_seconds`. origin: when the first of them begins.
     """
     spans = labels.spans([token.index for token in tokens])
     starts = np.array([first_frame + tokens[first].start * frame_seconds for _, first, _ in spans])
     ends = np.array([first_frame + tokens[last].end * frame_seconds for _, _, last in spans])
-    origin = first_step * step_seconds
     limit = origin + len(loudness) * step_seconds
     grown_starts, grown_ends = starts.copy(), ends.copy()
     for gap in range(len(spans) + 1):

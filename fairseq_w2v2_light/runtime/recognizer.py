@@ -207,7 +207,7 @@ class Recognizer:
             job.hear(window, log_probs)
 
     def _batches(self, waves: Sequence[Tensor], batch_seconds: float) -> Iterator[Tuple[List[int], List[np.ndarray]]]:
-        """Runs `waves` in batches, the longest first: rows of each batch and their log-probabilities; none of no frames."""
+        """Runs `waves` in batches, the longest first; rows of each batch, and what the network says of them."""
         rows = [row for row, wave in enumerate(waves) if self.model.config.frames(len(wave)) >= self._least_frames]
         rows.sort(key=lambda row: -len(waves[row]))
         while rows:
@@ -314,7 +314,8 @@ class _Stretch:
 
     def __init__(self, recognizer: Recognizer, window: Window):
         self._recognizer = recognizer
-        self._origin, self._first_step, self._step = window.start, window.first_step, window.step
+        self._origin, self._step = window.start, window.step
+        self._loudness_start = window.loudness_start
         self._loudness: List[np.ndarray] = []
         self._steps = 0
         self._log_probs = np.zeros((0, len(recognizer.labels)), dtype=np.float32)
@@ -334,7 +335,8 @@ class _Stretch:
                 self._decode(before)
                 before = before[:0]
         self._log_probs = np.concatenate([before, log_probs])
-        new = window.loudness[max(0, self._first_step + self._steps - window.first_step) :]
+        known = self._steps - (window.loudness_start - self._loudness_start) // self._step
+        new = window.loudness[max(0, known) :]
         self._loudness.append(new)
         self._steps += len(new)
 
@@ -353,7 +355,7 @@ class _Stretch:
             first_frame / rate,
             recognizer.frame_seconds,
             np.concatenate(self._loudness),
-            self._first_step,
+            self._loudness_start / rate,
             self._step / rate,
         )
 

@@ -9,8 +9,9 @@ them is joined at a frame where both say the same (`join_frame`). A recording th
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterable, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from .text import Labels
 _STEP_SECONDS = 0.01
 _PRE_EMPHASIS = 0.97  # takes offset and hum out of the energies
 _SMOOTH_STEPS = 5
+_DIGITAL_SILENCE_SECONDS = 0.25  # longer than the closure of any stop, which 8-bit audio may have no signal in
 _SILENCE_DB = -110.0  # digital silence, which says nothing of the background
 _FLOOR_PERCENT, _LEVEL_PERCENT = 5, 98
 _LEAST_CONTRAST_DB = 15.0  # with less between background and speech no pause is certain
@@ -55,13 +57,16 @@ class Windowing:
             raise ValueError(f"overlap is {self.overlap}; expected less than a third of longest={self.longest}")
 
 
+_DEFAULT = Windowing()
+
+
 @dataclass(frozen=True)
 class Window:
     """Audio for one run of the network.
 
     samples: (n,) float32. start: index of the first one in the recording. joins: whether it overlaps the window before;
     else a stretch begins here. loudness: (steps,) how much louder than a pause each step is, in dB (below 0: a pause).
-    step: samples of a step. first_step: index of the first of them, counted since the recording began.
+    step: samples of a step. loudness_start: index of the first step's first sample.
     """
 
     samples: np.ndarray
@@ -69,17 +74,93 @@ class Window:
     joins: bool
     loudness: np.ndarray
     step: int
-    first_step: int
+    loudness_start: int
 
 
 def cut_windows(
-    blocks: Iterable[np.ndarray], sample_rate: int, align: int = 1, windowing: Windowing = Windowing()
+    blocks: Iterable[np.ndarray], sample_rate: int, align: int = 1, windowing: Windowing = _DEFAULT
 ) -> Iterator[Window]:
     """Cuts a stream of (time,) float32 blocks into windows; keeps about one window of audio.
 
     align: windows that overlap start a multiple of this many samples apart. How the stream is divided into blocks
-    changes nothing. No audio, no window.
+    changes nothing. No audio, no window. What digital silence, samples of exactly 0, parts was not recorded together:
+    each part is cut as if it were a recording of its own, and the silence is not heard.
     """
+    blocks = iter(blocks)
+    longest = round(windowing.longest * sample_rate)
+    head, samples = [], 0
+    while samples <= longest:
+        block = next(blocks, None)
+        if block is None:
+            yield from _cut(head, sample_rate, align, windowing)
+            return
+        head.append(block)
+        samples += len(block)
+    silence = max(1, round(_DIGITAL_SILENCE_SECONDS * sample_rate))
+    for start, part in _parts(itertools.chain(head, blocks), silence):
+        for window in _cut(part, sample_rate, align, windowing):
+            yield replace(window, start=window.start + start, loudness_start=window.loudness_start + start)
+
+
+def _parts(blocks: Iterable[np.ndarray], silence: int) -> Iterator[Tuple[int, Iterator[np.ndarray]]]:
+    """What `silence` or more zeros part in a stream: index of the first sample, blocks; to be read in this order."""
+    blocks = iter(blocks)
+    position, rest = 0, np.zeros(0, dtype=np.float32)  # rest: begins at `position`
+    while True:
+        # skip zeros
+        while True:
+            sounding = np.flatnonzero(rest)
+            if len(sounding):
+                position, rest = position + int(sounding[0]), rest[sounding[0] :]
+                break
+            position += len(rest)
+            rest = next(blocks, None)
+            if rest is None:
+                return
+        start = position
+
+        def part() -> Iterator[np.ndarray]:
+            nonlocal position, rest
+            zeros = 0  # so many came last, and are held back
+            while rest is not None:
+                sounding = np.flatnonzero(rest)
+                # lengths of the runs of zeros before each sample that is none
+                runs = np.diff(sounding, prepend=-1 - zeros) - 1
+                cuts = np.flatnonzero(runs >= silence)
+                if len(cuts):
+                    before = int(sounding[cuts[0] - 1]) + 1 if cuts[0] else 0
+                    if before:
+                        yield _with_zeros(zeros, rest[:before])
+                    position += int(sounding[cuts[0]])
+                    rest = rest[sounding[cuts[0]] :]
+                    return
+                last = int(sounding[-1]) + 1 if len(sounding) else 0
+                if last:
+                    yield _with_zeros(zeros, rest[:last])
+                    zeros = 0
+                zeros += len(rest) - last
+                position += len(rest)
+                if zeros >= silence:
+                    rest = rest[:0]
+                    return
+                rest = next(blocks, None)
+            if zeros:
+                yield np.zeros(zeros, dtype=np.float32)
+
+        blocks_of_part = part()
+        yield start, blocks_of_part
+        for _ in blocks_of_part:
+            pass
+        if rest is None:
+            return
+
+
+def _with_zeros(count: int, samples: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(count, dtype=np.float32), samples]) if count else samples
+
+
+def _cut(blocks: Iterable[np.ndarray], sample_rate: int, align: int, windowing: Windowing) -> Iterator[Window]:
+    """`cut_windows` of a recording without digital silence."""
     step = max(1, round(_STEP_SECONDS * sample_rate))
     longest, overlap = (round(seconds * sample_rate) for seconds in (windowing.longest, windowing.overlap))
     pause, short_pause, edge = (
@@ -218,7 +299,7 @@ class _LookAhead:
     def window(self, start: int, end: int, joins: bool, view: "_View") -> Window:
         samples = self._samples[start - self._first : end - self._first].copy()
         steps = -(-end // self._step) - view.start
-        return Window(samples, start, joins, view.loudness[:steps], self._step, view.start)
+        return Window(samples, start, joins, view.loudness[:steps], self._step, view.start * self._step)
 
 
 class _Run(NamedTuple):
