@@ -27,6 +27,7 @@ VERBS = {
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
+    "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }
 
