@@ -28,6 +28,8 @@ VERBS = {
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
     "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
+    "lm": ("lm", "make an n-gram language model of a small text, as an ARPA file"),
+    "tune-lm": ("tune_lm", "find the weights of a language model on a development set"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }
 

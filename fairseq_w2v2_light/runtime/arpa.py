@@ -29,11 +29,12 @@ PathLike = Union[str, Path]
 class NgramFile:
     """What an n-gram file says of itself.
 
-    order: of the n-gram. words: its vocabulary without <s>, </s> and <unk>, in the file's order; None where the file
+    order: of the n-gram. binary: whether it is KenLM's memory image. words: its vocabulary without <s>, </s> and <unk>, in the file's order; None where the file
     does not tell (a binary file may have been built without the words).
     """
 
     order: int
+    binary: bool
     words: Optional[Tuple[str, ...]]
 
 
@@ -41,7 +42,7 @@ def check_ngram_file(path: PathLike) -> NgramFile:
     """Reads an ARPA file (also gzipped), or the header of a KenLM binary file, and makes sure that KenLM can load it.
 
     Raises FileNotFoundError when the file is missing, and ValueError that names the file, the line and what was
-    expected there. A binary file is an image of memory: its header and size are checked, its inside cannot be.
+    expected there. A binary file is an image of memory: its header is checked, its inside cannot be.
     """
     path = Path(path)
     if path.is_dir():
@@ -88,7 +89,7 @@ class _ArpaReader:
                 raise ValueError(
                     f"{self.path}: its 1-grams lack {symbol}; expected an n-gram of sentences with <s> and </s>"
                 )
-        return NgramFile(len(counts), _vocabulary(words))
+        return NgramFile(len(counts), False, _vocabulary(words))
 
     def _counts(self) -> List[int]:
         line = self._next_line("\\data\\")
@@ -109,9 +110,9 @@ class _ArpaReader:
             counts.append(int(found.group(2)))
         if not counts or counts[0] < 1:
             raise ValueError(f"{self.path}:{self.number}: found no 1-grams, expected a line `ngram 1=COUNT`")
-        if len(counts) > MAX_ORDER:
+        if not 2 <= len(counts) <= MAX_ORDER:
             raise ValueError(
-                f"{self.path}: an n-gram of order {len(counts)}; KenLM as it is packaged takes {MAX_ORDER} at most"
+                f"{self.path}: an n-gram of order {len(counts)}; KenLM, as it is packaged, takes 2 to {MAX_ORDER}"
             )
         return counts
 
@@ -193,14 +194,14 @@ def _check_binary(file: BinaryIO, path: Path) -> NgramFile:
         raise ValueError(f"{path}: a KenLM binary file that is cut off in its header; {remedy}")
     order, multiplier, kind, has_vocabulary, _ = _PARAMETERS.unpack(header[_SANITY_BYTES:])
     counts_bytes = file.read(8 * order)
-    if not 1 <= order <= MAX_ORDER or len(counts_bytes) < 8 * order:
-        raise ValueError(f"{path}: a KenLM binary file of order {order}, expected 1 to {MAX_ORDER}; {remedy}")
+    if not 2 <= order <= MAX_ORDER or len(counts_bytes) < 8 * order:
+        raise ValueError(f"{path}: a KenLM binary file of order {order}, expected 2 to {MAX_ORDER}; {remedy}")
     counts = struct.unpack(f"<{order}Q", counts_bytes)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         # every n-gram takes more than a bit in any of the formats
         if kind >= _KINDS or not 1.0 < multiplier < 1000.0 or sum(counts) > 8 * len(content) or counts[0] < 1:
             raise ValueError(f"{path}: a KenLM binary file with a damaged header; {remedy}")
-        return NgramFile(order, _stored_words(content, counts[0]) if has_vocabulary else None)
+        return NgramFile(order, True, _stored_words(content, counts[0]) if has_vocabulary else None)
 
 
 def _stored_words(content: mmap.mmap, count: int) -> Optional[Tuple[str, ...]]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -98,6 +101,9 @@ class LanguageModelDecoder:
     as ended. With spellings that do not end in `|` (sentencepieces), the last label of a word counts once even if it
     was said twice: flashlight does not tell the two apart.
 
+    A binary file is KenLM's memory itself: damage is found by trying it in another process, but a file that was made to
+    do harm might pass, so take those of people you trust, or ARPA text, which is checked.
+
     Raises FileNotFoundError, and ValueError: for a broken n-gram or lexicon, naming file and line, for words that the
     labels cannot spell, for an n-gram that knows none of the words, and where flashlight-text is not installed.
     """
@@ -132,13 +138,13 @@ class LanguageModelDecoder:
         if lexicon_free:
             self._words: List[str] = [labels.symbols[index] for index in self._columns.indices]
             self._lexicon: Lexicon = {}
-            self._lm = _open_kenlm(lm_path, self._words)
+            self._lm = _open_kenlm(lm_path, self._words, ngram)
             self._check_label_ngram(lm_path, ngram)
             self._trie = None
         else:
             self._lexicon = self._load_lexicon(lm_path, lexicon_path, ngram)
             self._words = list(self._lexicon)
-            self._lm = _open_kenlm(lm_path, self._words)
+            self._lm = _open_kenlm(lm_path, self._words, ngram)
             self._check_word_ngram(lm_path, lexicon_path, ngram)
             self._trie = self._build_trie()
         self._decoder = self._build_decoder()
@@ -428,19 +434,77 @@ def _require_flashlight() -> None:
         ) from None
 
 
-def _open_kenlm(path: PathLike, words: Sequence[str]):
+def _open_kenlm(path: PathLike, words: Sequence[str], ngram: NgramFile):
     """KenLM over `words`, a word's index its position; behind them stands <unk>."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
+    words = [*words, *([] if "<unk>" in words else ["<unk>"])]
+    if ngram.binary:
+        _try_binary(path, words)
     dictionary = Dictionary()
-    for index, word in enumerate([*words, *([] if "<unk>" in words else ["<unk>"])]):
+    for index, word in enumerate(words):
         dictionary.add_entry(word, index)
     try:
         return KenLM(str(path), dictionary)
     except (RuntimeError, UnicodeDecodeError, MemoryError) as error:
-        reason = " ".join(str(error).split()).split("threw ")[-1]
-        raise ValueError(f"{path}: KenLM cannot load it: {reason}") from None
+        raise ValueError(f"{path}: KenLM cannot load it: {_reason(error)}") from None
+
+
+# Loads a binary file and asks it for words after words, chosen at random.
+_TRIAL = """
+import random, sys
+from flashlight.lib.text.decoder.kenlm import KenLM
+from flashlight.lib.text.dictionary import Dictionary
+words = sys.stdin.buffer.read().decode("utf-8").split("\\n")
+dictionary = Dictionary()
+for index, word in enumerate(words):
+    dictionary.add_entry(word, index)
+try:
+    lm = KenLM(sys.argv[1], dictionary)
+except Exception as error:
+    print(error)
+    sys.exit(3)
+draw = random.Random(0)
+for index in draw.sample(range(len(words)), min(len(words), 5000)):
+    state, _ = lm.score(lm.start(True), index)
+    lm.finish(state)
+for _ in range(2000):
+    state = lm.start(False)
+    for _ in range(8):
+        state, _ = lm.score(state, draw.randrange(len(words)))
+    lm.finish(state)
+"""
+
+
+def _try_binary(path: PathLike, words: Sequence[str]) -> None:
+    """Raises ValueError where KenLM cannot use a binary file, tried in a process of its own.
+
+    KenLM follows the addresses in such a file without looking: one that is damaged ends the process, or never ends.
+    """
+    seconds = 30 + Path(path).stat().st_size / 1e7
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    remedy = "build it again from the ARPA file with KenLM's build_binary"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRIAL, str(path)],
+            input="\n".join(words).encode("utf-8"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{path}: KenLM did not get done with it in {seconds:.0f} s: it is damaged; {remedy}") from None
+    if done.returncode == 3:
+        raise ValueError(f"{path}: KenLM cannot load it: {_reason(done.stdout.decode('utf-8', 'replace'))}; {remedy}")
+    if done.returncode != 0:
+        raise ValueError(f"{path}: KenLM crashed on it (exit code {done.returncode}): it is damaged; {remedy}")
+
+
+def _reason(error: Any) -> str:
+    """KenLM's message on one line, without the place in its source."""
+    return " ".join(str(error).split()).split("threw ")[-1]
 
 
 def _unknown_words(words: Sequence[str], ngram: NgramFile, lm: Any, all_words: Sequence[str]) -> List[str]:
