@@ -22,6 +22,7 @@ _FULL_SCALE = 32768
 _LARGEST_SAMPLE = 2.0**31
 _LARGEST_READ = 1 << 20
 _MOST_CHANNELS = 32
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 10_000_000
 # what libsndfile says where a header does not know
 _UNKNOWN_FRAMES = 2**62
 _HEADER_BYTES = 4
@@ -87,8 +88,10 @@ def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int, n
     block = block_length(block_seconds, sample_rate)
     file = _open(path, name)
     try:
+        _check_rate(file.samplerate, name)
         if file.samplerate != sample_rate:
             block = block_length(block_seconds, file.samplerate)
+        block = max(1, min(block, _LARGEST_READ // file.channels))
         return resampled_blocks(_file_blocks(file, name, block), file.samplerate, sample_rate, name)
     except ValueError:
         file.close()
@@ -109,6 +112,7 @@ def array_blocks(
     elif len(shape) == 2:
         raise ValueError(f"{name}: found shape {shape}; expected (n,) or (n, channels)")
     samples = as_samples(samples, name)
+    _check_rate(rate, name)
     block = block_length(block_seconds, rate)
     blocks = (samples[start : start + block] for start in range(0, len(samples), block))
     return resampled_blocks(blocks, rate, sample_rate, name)
@@ -230,6 +234,12 @@ def as_samples(block: Samples, name: str = "samples") -> np.ndarray:
             f"{name}: found NaN, infinite or huge ones, expected floats in [-1, 1]; mend the source of the audio"
         )
     return block
+
+
+def _check_rate(rate: int, name: str) -> None:
+    """Raises ValueError for a sample rate that only a broken file has, and that would make years of a minute."""
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+        raise ValueError(f"{name}: found a sample rate of {rate} Hz, expected {_LOWEST_RATE} to {_HIGHEST_RATE} Hz")
 
 
 class _Prepended(io.RawIOBase):

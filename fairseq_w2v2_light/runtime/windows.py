@@ -17,7 +17,7 @@ import numpy as np
 
 from .text import Labels
 
-STEP_SECONDS = 0.01
+_STEP_SECONDS = 0.01
 _PRE_EMPHASIS = 0.97  # takes offset and hum out of the energies
 _SMOOTH_STEPS = 5
 _SILENCE_DB = -110.0  # digital silence, which says nothing of the background
@@ -37,7 +37,7 @@ class Windowing:
     of this length does where the stretch would become longer than a window. edge: how much of a pause a window keeps
     at its ends; what is left of the pause is not heard. overlap: of two windows where there is no pause.
 
-    Raises ValueError for seconds that are not positive, and for an overlap that is not below half of `longest`.
+    Raises ValueError for seconds that are not positive, and for an overlap of a third of `longest` or more.
     """
 
     longest: float = 20.0
@@ -51,8 +51,8 @@ class Windowing:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; expected seconds above 0")
-        if not self.overlap < self.longest / 2:
-            raise ValueError(f"overlap is {self.overlap}; expected less than half of longest={self.longest}")
+        if not self.overlap < self.longest / 3:
+            raise ValueError(f"overlap is {self.overlap}; expected less than a third of longest={self.longest}")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ class Window:
     """Audio for one run of the network.
 
     samples: (n,) float32. start: index of the first one in the recording. joins: whether it overlaps the window before;
-    else a stretch begins here. loudness: (steps,) how much louder than a pause each step of STEP_SECONDS is, in dB
-    (below 0: a pause). first_step: index of the first of them in the recording.
+    else a stretch begins here. loudness: (steps,) how much louder than a pause each step is, in dB (below 0: a pause).
+    step: samples of a step. first_step: index of the first of them, counted since the recording began.
     """
 
     samples: np.ndarray
     start: int
     joins: bool
     loudness: np.ndarray
+    step: int
     first_step: int
 
 
@@ -79,7 +80,7 @@ def cut_windows(
     align: windows that overlap start a multiple of this many samples apart. How the stream is divided into blocks
     changes nothing. No audio, no window.
     """
-    step = max(1, round(STEP_SECONDS * sample_rate))
+    step = max(1, round(_STEP_SECONDS * sample_rate))
     longest, overlap = (round(seconds * sample_rate) for seconds in (windowing.longest, windowing.overlap))
     pause, short_pause, edge = (
         max(1, round(seconds * sample_rate / step))
@@ -217,7 +218,7 @@ class _LookAhead:
     def window(self, start: int, end: int, joins: bool, view: "_View") -> Window:
         samples = self._samples[start - self._first : end - self._first].copy()
         steps = -(-end // self._step) - view.start
-        return Window(samples, start, joins, view.loudness[:steps], view.start)
+        return Window(samples, start, joins, view.loudness[:steps], self._step, view.start)
 
 
 class _Run(NamedTuple):
@@ -258,7 +259,7 @@ class _View:
 
     def quietest(self, first: int, last: int, step: int) -> int:
         """The sample from `first` to `last` around which it is quietest."""
-        steps = max(1, round(_QUIET_SECONDS / STEP_SECONDS))
+        steps = max(1, round(_QUIET_SECONDS / _STEP_SECONDS))
         power = _moving_average(10 ** (self.loudness / 10), steps)
         choices = power[first // step - self.start : max(last // step, first // step + 1) - self.start]
         return first // step * step + int(choices.argmin()) * step
