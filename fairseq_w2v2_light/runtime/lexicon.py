@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
+from .arpa import NgramFile
 from .text import Labels
 
 PathLike = Union[str, Path]
@@ -19,6 +21,8 @@ _PIECE_BOUNDARY = "\u2581"
 # How many ways to cut a word into pieces are kept. The model was trained on one of them, that of sentencepiece's own
 # probabilities, which the labels do not tell.
 _SPELLINGS = 4
+
+_log = logging.getLogger(__name__)
 
 
 class Speller:
@@ -156,6 +160,42 @@ def make_lexicon(words: Iterable[str], labels: Labels, where: str) -> Tuple[Lexi
             "words of these labels; for an n-gram over the labels themselves, decode without a lexicon"
         )
     return lexicon, left_out
+
+
+def load_lexicon(lm_path: PathLike, lexicon_path: Optional[PathLike], ngram: NgramFile, labels: Labels) -> Lexicon:
+    """The lexicon of a file or, without one, of the n-gram's own words; warns of words that cannot be spelled.
+
+    Raises as `read_lexicon` and `make_lexicon` do, and ValueError where there is neither.
+    """
+    if lexicon_path is not None:
+        return read_lexicon(lexicon_path, labels)
+    if ngram.words is None:
+        raise ValueError(
+            f"{lm_path}: this binary file does not tell its words; give a lexicon, or a list of words, one a line"
+        )
+    lexicon, left_out = make_lexicon(ngram.words, labels, str(lm_path))
+    if left_out:
+        _log.warning(
+            "%s: %d of %d words cannot be spelled with the model's labels and are never decoded, the first is %r",
+            lm_path,
+            len(left_out),
+            len(ngram.words),
+            left_out[0],
+        )
+    return lexicon
+
+
+def held_endings(spellings: Sequence[Spelling], labels: Labels) -> List[Spelling]:
+    """What flashlight has to be given for spellings of a word, so that its last label may last.
+
+    flashlight's search leaves a word in the first frame of its last label, so a second frame of that label would have
+    nowhere to be; and it does not ask for a blank between the last two labels. A spelling with its last label doubled
+    thus holds that label for as long as it lasts. Spellings that end in `|` need none: flashlight's silence lasts.
+    """
+    if labels.kind == "letter":
+        return list(spellings)
+    doubled = [spelling + spelling[-1:] for spelling in spellings]
+    return [*spellings, *(spelling for spelling in doubled if spelling not in spellings)]
 
 
 def _listed(symbols: Iterable[str], most: int = 40) -> str:

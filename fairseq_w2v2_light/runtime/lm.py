@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .arpa import NgramFile, check_ngram_file
 from .beam import Token
-from .lexicon import Lexicon, Spelling, make_lexicon, read_lexicon
+from .lexicon import Lexicon, Spelling, held_endings, load_lexicon
 from .text import Labels, Word
 
 PathLike = Union[str, Path]
@@ -132,7 +132,7 @@ class LanguageModelDecoder:
         self.weights = Weights(lm_weight, word_score, sil_score)
         self.beam, self.beam_threshold, self.beam_tokens = beam, beam_threshold, beam_tokens
         self.lexicon_free = lexicon_free
-        _require_flashlight()
+        require_flashlight()
         ngram = check_ngram_file(lm_path)
         self._columns = _Columns(labels)
         if lexicon_free:
@@ -142,7 +142,7 @@ class LanguageModelDecoder:
             self._check_label_ngram(lm_path, ngram)
             self._trie = None
         else:
-            self._lexicon = self._load_lexicon(lm_path, lexicon_path, ngram)
+            self._lexicon = load_lexicon(lm_path, lexicon_path, ngram, labels)
             self._words = list(self._lexicon)
             self._lm = _open_kenlm(lm_path, self._words, ngram)
             self._check_word_ngram(lm_path, lexicon_path, ngram)
@@ -194,24 +194,6 @@ class LanguageModelDecoder:
                 break
         return list(hypotheses.values())
 
-    def _load_lexicon(self, lm_path: PathLike, lexicon_path: Optional[PathLike], ngram: NgramFile) -> Lexicon:
-        if lexicon_path is not None:
-            return read_lexicon(lexicon_path, self.labels)
-        if ngram.words is None:
-            raise ValueError(
-                f"{lm_path}: this binary file does not tell its words; give a lexicon, or a list of words, one a line"
-            )
-        lexicon, left_out = make_lexicon(ngram.words, self.labels, str(lm_path))
-        if left_out:
-            _log.warning(
-                "%s: %d of %d words cannot be spelled with the model's labels and are never decoded, the first is %r",
-                lm_path,
-                len(left_out),
-                len(ngram.words),
-                left_out[0],
-            )
-        return lexicon
-
     def _check_label_ngram(self, lm_path: PathLike, ngram: NgramFile) -> None:
         symbols = [self._words[column] for column in range(len(self._words)) if column != _Columns.blank]
         unknown = _unknown_words(symbols, ngram, self._lm, self._words)
@@ -253,7 +235,7 @@ class LanguageModelDecoder:
         dropped = 0
         # the likeliest words first: flashlight keeps six of one spelling
         for index in sorted(range(len(self._words)), key=lambda index: -scores[index]):
-            for spelling in self._accepted(self._lexicon[self._words[index]]):
+            for spelling in held_endings(self._lexicon[self._words[index]], self.labels):
                 homophones[spelling] = homophones.get(spelling, 0) + 1
                 if homophones[spelling] > _MAX_HOMOPHONES:
                     dropped += 1
@@ -263,18 +245,6 @@ class LanguageModelDecoder:
             _log.warning("%d spellings have more than %d words: only the likeliest are decoded", dropped, _MAX_HOMOPHONES)
         trie.smear(SmearingMode.MAX)
         return trie
-
-    def _accepted(self, spellings: Sequence[Spelling]) -> List[Spelling]:
-        """What is put into the trie for a word.
-
-        flashlight's search leaves a word in the first frame of its last label, so a second frame of that label would
-        have nowhere to be; and it does not ask for a blank between the last two labels. A spelling with its last label
-        doubled thus holds that label for as long as it lasts. After `|` this is not needed: it counts as silence.
-        """
-        accepted = list(spellings)
-        if self._columns.silence_label is None:
-            accepted += [spelling + spelling[-1:] for spelling in spellings if spelling + spelling[-1:] not in accepted]
-        return accepted
 
     def _build_decoder(self):
         from flashlight.lib.text.decoder import (
@@ -411,7 +381,7 @@ class _Columns:
 
 
 def _as_spelled(tokens: List[Token], spellings: Sequence[Spelling]) -> List[Token]:
-    """Takes back what `_accepted` allowed: the last label said twice for one, or as one run for two."""
+    """Takes back what `held_endings` allowed: the last label said twice for one, or as one run for two."""
     found = tuple(token.index for token in tokens)
     if found in spellings:
         return tokens
@@ -423,7 +393,8 @@ def _as_spelled(tokens: List[Token], spellings: Sequence[Spelling]) -> List[Toke
     return [*tokens[:-1], last._replace(end=middle), last._replace(start=middle)]
 
 
-def _require_flashlight() -> None:
+def require_flashlight() -> None:
+    """Raises ValueError that says what to install, unless flashlight's decoder and its KenLM can be imported."""
     try:
         import flashlight.lib.text.decoder.kenlm  # noqa: F401
     except ImportError as error:
