@@ -4,7 +4,7 @@ import math
 import sys
 from typing import Any, Callable, Dict, List
 
-_OF_THE_LM = ("lexicon", "lm_weight", "word_score", "sil_score", "beam_threshold")
+_OF_THE_LM = ("lexicon", "lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold")
 
 
 def add_arguments(parser, several_points: bool = False) -> None:
@@ -39,9 +39,15 @@ def add_arguments(parser, several_points: bool = False) -> None:
     )
     parser.add_argument("--beam", type=int, metavar="N", help="prefixes kept (default: 1, greedy; more with --lm)")
     parser.add_argument(
-        "--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text kenlm`"
+        "--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text`"
     )
     parser.add_argument("--lexicon", metavar="FILE", help="the words that --lm may find, with their spelling")
+    parser.add_argument(
+        "--lexicon-free",
+        action="store_true",
+        default=None,
+        help="--lm is an n-gram over the labels (of train.ltr); words are not limited",
+    )
     parser.add_argument("--lm-weight", type=float, metavar="W", help="of the language model's log-probability")
     parser.add_argument("--word-score", type=float, metavar="W", help="added for each word, with --lm")
     parser.add_argument("--sil-score", type=float, metavar="W", help="added for each silence, with --lm")
@@ -177,7 +183,7 @@ def _decoder(args, labels):
     if args.lm is not None:
         from ..runtime.lm import LanguageModelDecoder
 
-        names = ("lm_weight", "word_score", "sil_score", "beam", "beam_threshold")
+        names = ("lexicon_free", "lm_weight", "word_score", "sil_score", "beam", "beam_threshold")
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         return LanguageModelDecoder(labels, args.lm, args.lexicon, **settings)
     if args.beam is not None and args.beam > 1:
