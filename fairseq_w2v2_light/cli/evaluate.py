@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -71,7 +70,7 @@ def add_arguments(parser) -> None:
         default="auto",
         help="where lines of text have an id: none, first (`ID TEXT`), last (`TEXT (ID)`); auto: as they look",
     )
-    recognition_options.add_arguments(parser, several_points=True)
+    recognition_options.add_arguments(parser, several_points=True, model_required=False)
     parser.add_argument(
         "--window",
         type=float,
@@ -153,10 +152,9 @@ def _compare_with_budget(budget: str, result: Result) -> None:
 
     factor = result.compute / result.audio if result.audio else 0.0
     if factor > 1.1 * parse_budget(budget):
-        print(
+        recognition_options.note(
             f"note: this run had a real-time factor of {factor:.4g}, above the budget: the machine was busier than "
-            "when it was measured (--measure-again), or the utterances are much shorter than 10 s",
-            file=sys.stderr,
+            "when it was measured (--measure-again), or the utterances are much shorter than 10 s"
         )
 
 
@@ -174,7 +172,7 @@ def recognise(
     for transcript in progress(transcripts, about.get("operating_point", ""), len(references)):
         if transcript.error:
             failed.append(f"{references[len(texts)].where}: {transcript.error}")
-            print(failed[-1], file=sys.stderr)
+            recognition_options.note(failed[-1])
         texts.append(transcript.text)
         audio += transcript.seconds
     compute = time.perf_counter() - began

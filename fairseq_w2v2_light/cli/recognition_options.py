@@ -7,9 +7,14 @@ from typing import Any, Callable, Dict, List
 _OF_THE_LM = ("lexicon", "lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold")
 
 
-def add_arguments(parser, several_points: bool = False) -> None:
+def add_arguments(parser, several_points: bool = False, model_required: bool = True) -> None:
     """Declares them. several_points: --operating-point takes a list."""
-    parser.add_argument("--model", metavar="FOLDER|CHECKPOINT", help="a model folder, or a fine-tuned checkpoint")
+    parser.add_argument(
+        "--model",
+        required=model_required,
+        metavar="FOLDER|CHECKPOINT",
+        help="a model folder, as `export` writes it, or a fine-tuned checkpoint",
+    )
     parser.add_argument(
         "--operating-point",
         default="",
@@ -38,9 +43,7 @@ def add_arguments(parser, several_points: bool = False) -> None:
         help="in which the model computes (default: auto, as the folder says)",
     )
     parser.add_argument("--beam", type=int, metavar="N", help="prefixes kept (default: 1, greedy; more with --lm)")
-    parser.add_argument(
-        "--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text`"
-    )
+    parser.add_argument("--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text`")
     parser.add_argument("--lexicon", metavar="FILE", help="the words that --lm may find, with their spelling")
     parser.add_argument(
         "--lexicon-free",
@@ -85,7 +88,13 @@ def check(args) -> None:
             raise ValueError(f"{_option(name)}: only with --auto-operating-point; add that, or leave it out")
 
 
-def recognizer(args, note: Callable[[str], None] = lambda line: print(line, file=sys.stderr)):
+def note(line: str) -> None:
+    """Prints a line of information on standard error, where there is one."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def recognizer(args, note: Callable[[str], None] = note):
     """The Recognizer that parsed options describe, at its (first) operating point.
 
     note: is told what --auto-operating-point chose, and why. Raises ValueError and FileNotFoundError.
