@@ -1,6 +1,7 @@
 """Options of the verbs that recognise speech (transcribe, evaluate): the model, its operating point, the decoder."""
 
 import math
+import os
 import sys
 from typing import Any, Callable, Dict, List
 
@@ -134,6 +135,7 @@ def choose_point(args, made, note: Callable[[str], None]):
         "model": operating.fingerprint(args.model),
         "dtype": made.dtype,
         "decoder": decoder_name(args),
+        "lm": "" if args.lm is None else os.path.abspath(args.lm),
     }
 
     def run(point, samples) -> None:
@@ -177,14 +179,16 @@ def describe(args, made) -> Dict[str, str]:
 
 
 def decoder_name(args) -> str:
-    """The decoder and its settings in a few words: "greedy", "beam 8", "lm 4gram.bin, beam 50"."""
-    beam = f"beam {args.beam}" if args.beam is not None and args.beam > 1 else ""
-    if args.lm is None:
-        return beam or "greedy"
-    settings = [
-        f"{name.replace('_', ' ')} {getattr(args, name)}" for name in _OF_THE_LM if getattr(args, name) is not None
-    ]
-    return ", ".join([f"lm {args.lm}", *filter(None, [beam]), *settings])
+    """The decoder and its settings in a few words: "greedy", "beam 8", "lm 4gram.bin, beam 50, lm weight 2.0"."""
+    parts = [] if args.lm is None else [f"lm {os.path.basename(args.lm)}"]
+    parts += [f"beam {args.beam}"] if args.beam is not None and (args.beam > 1 or parts) else []
+    for name in _OF_THE_LM:
+        value = getattr(args, name)
+        if value is True:
+            parts.append(name.replace("_", "-"))
+        elif value is not None:
+            parts.append(f"{name.replace('_', ' ')} {os.path.basename(value) if name == 'lexicon' else value}")
+    return ", ".join(parts) or "greedy"
 
 
 def _decoder(args, labels):
