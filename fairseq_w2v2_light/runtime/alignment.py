@@ -1,9 +1,9 @@
 """When each decoded word was spoken, and how certain it is: from CTC's alignment and from how loud the audio is.
 
 CTC outputs a label as a spike: one or a few frames somewhere within the sound, blanks around them. So the spikes of a
-word's first and last label lie inside the word, and the audio says how far it reaches beyond them: to the next pause,
-up to `PAUSE_REACH` seconds away; between two words without a pause, to the quietest spot between their spikes, up to
-`SPOT_REACH` seconds away.
+word's first and last label lie inside the word, and the audio says how far it reaches beyond them: to the next pause;
+between two words without a pause, to the quietest spot between their spikes; but never further than `REACH`, about half
+of the length of a sound, as the network did not hear the word there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import numpy as np
 from .beam import Token
 from .text import Labels
 
-PAUSE_REACH = 0.3
-SPOT_REACH = 0.1
+REACH = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,16 @@ def timed_words(
             continue
         quiet = np.flatnonzero(steps < 0)
         if len(quiet):
-            reach, until, since = PAUSE_REACH, quiet[0], quiet[-1] + 1
+            until, since = quiet[0], quiet[-1] + 1
         elif 0 < gap < len(spans):
-            reach, until, since = SPOT_REACH, steps.argmin(), steps.argmin()
+            until = since = steps.argmin()
         else:
             continue
         seconds = origin + max(first, 0) * step_seconds
         if gap:
-            grown_ends[gap - 1] = min(max(seconds + until * step_seconds, begins), begins + reach)
+            grown_ends[gap - 1] = min(max(seconds + until * step_seconds, begins), begins + REACH)
         if gap < len(spans):
-            grown_starts[gap] = max(min(seconds + since * step_seconds, finishes), finishes - reach)
+            grown_starts[gap] = max(min(seconds + since * step_seconds, finishes), finishes - REACH)
     return tuple(
         TimedWord(text, max(0.0, float(start)), float(end), _geometric_mean(confidences[first : last + 1]))
         for (text, first, last), start, end in zip(spans, grown_starts, grown_ends)

@@ -38,8 +38,9 @@ def render(transcript: Transcript, form: str, recording: str = "") -> str:
     """The whole content of a file of one of `SUFFIXES`' formats, which ends with a line end unless it is empty.
 
     text: a line. json: an object on one line with source, text, seconds, words (word, start, end, confidence; in
-    seconds) and error (null). srt, vtt: see `cues`. ctm: a line for each word: `recording` (empty: the file's name without
-    its suffix; white space becomes `_`), channel 1, start, duration, word, confidence. Raises ValueError for another format.
+    seconds) and error (null). srt, vtt: see `cues`. ctm: a line for each word: `recording` (empty: the file's name
+    without its suffix; white space becomes `_`), channel 1, start, duration, word, confidence. Raises ValueError for
+    another format.
     """
     if form not in _WRITERS:
         raise ValueError(f"format: found {form!r}, expected one of {', '.join(_WRITERS)}")
