@@ -38,9 +38,7 @@ def add_arguments(parser, several_points: bool = False) -> None:
         help="in which the model computes (default: auto, as the folder says)",
     )
     parser.add_argument("--beam", type=int, metavar="N", help="prefixes kept (default: 1, greedy; more with --lm)")
-    parser.add_argument(
-        "--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text`"
-    )
+    parser.add_argument("--lm", metavar="FILE", help="a KenLM n-gram, .arpa or .bin: `pip install flashlight-text`")
     parser.add_argument("--lexicon", metavar="FILE", help="the words that --lm may find, with their spelling")
     parser.add_argument(
         "--lexicon-free",
