@@ -307,8 +307,8 @@ def prepare_language_model(decoding, symbols: List[str], folder: Path) -> None:
     if decoding.unitlm and decoding.lexicon is None:
         if ngram.words is not None and symbols and not set(symbols) & set(ngram.words):
             raise ValueError(
-                f"{decoding.lmpath}: the n-gram has none of the checkpoint's labels; decoding.unitlm=true needs one that "
-                "was made from the label files (train.ltr), not from words"
+                f"{decoding.lmpath}: the n-gram has none of the checkpoint's labels; decoding.unitlm=true needs one "
+                "that was made from the label files (train.ltr), not from words"
             )
         return
     if not symbols:

@@ -139,14 +139,14 @@ def _count(sentences: Iterable[Sequence[str]], order: int, words: Set[str]) -> L
     Adds the sentences' words to `words`.
     """
     counts: List[Dict[Words, int]] = [Counter() for _ in range(order)]
-    number = 0
-    for number, sentence in enumerate(sentences, start=1):
+    for sentence in sentences:
         words.update(sentence)
         padded = (START, *sentence, END)
         for end in range(1, len(padded)):
             for length in range(1, min(order, end + 1) + 1):
                 counts[length - 1][padded[end - length + 1 : end + 1]] += 1
-    if number == 0:
+    # an empty sentence has an end
+    if not counts[0]:
         raise ValueError("found no sentence; an n-gram needs at least one")
     return [table for table in counts if table]
 

@@ -29,8 +29,8 @@ PathLike = Union[str, Path]
 class NgramFile:
     """What an n-gram file says of itself.
 
-    order: of the n-gram. binary: whether it is KenLM's memory image. words: its vocabulary without <s>, </s> and <unk>, in the file's order; None where the file
-    does not tell (a binary file may have been built without the words).
+    order: of the n-gram. binary: whether it is KenLM's memory image. words: its vocabulary without <s>, </s> and <unk>,
+    in the file's order; None where the file does not tell (a binary file may have been built without the words).
     """
 
     order: int

@@ -1,8 +1,8 @@
 """CTC decoding with an n-gram language model: flashlight's beam search and KenLM, both optional, without fairseq.
 
-    decoder = LanguageModelDecoder(Labels(model.symbols), "words.arpa", lm_weight=2.0)
-    tokens = decoder.decode(log_probs)          # label indices with their frames
-    best = decoder.nbest(log_probs, 10)[0]      # with words and scores
+decoder = LanguageModelDecoder(Labels(model.symbols), "words.arpa", lm_weight=2.0)
+tokens = decoder.decode(log_probs)          # label indices with their frames
+best = decoder.nbest(log_probs, 10)[0]      # with words and scores
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -99,7 +99,7 @@ class LanguageModelDecoder:
 
     The search is flashlight's, over best alignments (log_add off). Where the audio ends within a word, the word counts
     as ended. With spellings that do not end in `|` (sentencepieces), the last label of a word counts once even if it
-    was said twice: flashlight does not tell the two apart.
+    was said twice, and two of it need no blank between: flashlight does not tell these apart.
 
     A binary file is KenLM's memory itself: damage is found by trying it in another process, but a file that was made to
     do harm might pass, so take those of people you trust, or ARPA text, which is checked.
@@ -242,7 +242,9 @@ class LanguageModelDecoder:
                 else:
                     trie.insert(self._columns.of(spelling), index, scores[index])
         if dropped:
-            _log.warning("%d spellings have more than %d words: only the likeliest are decoded", dropped, _MAX_HOMOPHONES)
+            _log.warning(
+                "%d spellings have more than %d words: only the likeliest are decoded", dropped, _MAX_HOMOPHONES
+            )
         trie.smear(SmearingMode.MAX)
         return trie
 
@@ -284,9 +286,7 @@ class LanguageModelDecoder:
         else:
             tokens, words = self._spoken(tokens, word_ends, frames)
             tokens = self._trimmed(tokens, frames)
-        return LmHypothesis(
-            tuple(tokens), tuple(words), result.score, result.emittingModelScore, result.lmScore
-        )
+        return LmHypothesis(tuple(tokens), tuple(words), result.score, result.emittingModelScore, result.lmScore)
 
     def _spoken(
         self, tokens: List[Token], word_ends: Sequence[int], frames: int
@@ -466,7 +466,9 @@ def _try_binary(path: PathLike, words: Sequence[str]) -> None:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{path}: KenLM did not get done with it in {seconds:.0f} s: it is damaged; {remedy}") from None
+        raise ValueError(
+            f"{path}: KenLM did not get done with it in {seconds:.0f} s: it is damaged; {remedy}"
+        ) from None
     if done.returncode == 3:
         raise ValueError(f"{path}: KenLM cannot load it: {_reason(done.stdout.decode('utf-8', 'replace'))}; {remedy}")
     if done.returncode != 0:

@@ -26,7 +26,16 @@ def test_the_probabilities_after_any_history_sum_to_one(order, smoothing):
         ngram = estimate(sentences, order, vocabulary=["never"], smoothing=smoothing)
         following = [*ngram.vocabulary, "</s>", "<unk>"]
         assert "never" in following
-        histories = [(), ("<s>",), ("<s>", "a"), ("a", "b"), ("never",), ("<unk>", "b"), ("b", "a", "b"), ("d", "d", "d")]
+        histories = [
+            (),
+            ("<s>",),
+            ("<s>", "a"),
+            ("a", "b"),
+            ("never",),
+            ("<unk>", "b"),
+            ("b", "a", "b"),
+            ("d", "d", "d"),
+        ]
         histories += [words for table in ngram.probabilities for words in table if words[-1] != "</s>"]
         for history in histories:
             assert sum(10 ** ngram.log10(word, history) for word in following) == pytest.approx(1, abs=1e-9), history
