@@ -1,4 +1,7 @@
-"""`w2v2-light export --format onnx`: a CTC model as an ONNX graph, compared with the model before it is kept. Without fairseq."""
+"""`w2v2-light export --format onnx`: a CTC model as an ONNX graph, compared with the model before it is kept.
+
+Without fairseq. The packages are those of the extra `onnx`.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,9 @@ def export_onnx(
 
 def _require_packages() -> None:
     if not hasattr(torch.compiler, "is_exporting"):
-        raise ValueError(f"export to ONNX: found torch {torch.__version__}, expected 2.7 or later: pip install -U torch")
+        raise ValueError(
+            f"export to ONNX: found torch {torch.__version__}, expected 2.7 or later (pip install -U torch)"
+        )
     missing = []
     for package in PACKAGES:
         try:
@@ -348,8 +353,8 @@ def _card(config: Dict[str, Any], name: str) -> str:
         f"wav2vec 2.0 with a CTC head for onnxruntime: {config['dtype']}, operating point {config['operating_point']}, "
         f"ONNX opset {config['opset']}.",
         "",
-        f"`wave` (batch, samples) is {config['sample_rate']} Hz mono float32 between -1 and 1, `lengths` (batch,) int64 the "
-        f"valid samples of each row, {config['fewest_samples']} or more. {normalised}`logits` (batch, frames, "
+        f"`wave` (batch, samples) is {config['sample_rate']} Hz mono float32 from -1 to 1, `lengths` (batch,) int64 "
+        f"the valid samples of each row, {config['fewest_samples']} or more. {normalised}`logits` (batch, frames, "
         f"{config['labels']['count']}) have one frame for every {config['hop']} samples; the first `frame_lengths` "
         "(batch,) of a row are valid. What stands after the valid samples of a row changes nothing in it.",
         "",

@@ -22,7 +22,7 @@ class FrameMask:
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, time: int) -> Optional[FrameMask]:
-        """Mask for `lengths` (batch,) frames in rows of `time` frames; None when nothing is padded (and none exported)."""
+        """Mask for `lengths` (batch,) frames in rows of `time` frames; None when nothing is padded."""
         if not is_exporting() and bool((lengths >= time).all()):
             return None
         return cls(torch.arange(time, device=lengths.device) < lengths.unsqueeze(1))
