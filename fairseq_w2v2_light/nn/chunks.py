@@ -28,7 +28,7 @@ class ChunkLayout:
         self.time = time
         self.size = size
         self.left = left
-        chunks = -(-time // size)
+        chunks = pooled_length(time, size)
         originals = torch.arange(chunks * size if ahead else time, device=device)
         numbers = torch.arange(chunks, device=device)
         copies = ((numbers + 1) * size).unsqueeze(1) + torch.arange(ahead, device=device)

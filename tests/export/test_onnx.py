@@ -52,10 +52,10 @@ def ctc_model(normalize=False, symbols=LETTERS, **keys):
     )
     model = CtcModel(encoder_config(**{**shape, **keys}), symbols, normalize)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-            if parameter.dim() == 1:
-                parameter.add_(0.5)
+            if parameter.dim() == 1 and name.endswith("weight"):
+                parameter.add_(1)  # norms
     return model.eval().requires_grad_(False)
 
 
