@@ -233,8 +233,8 @@ def _compare(model: CtcModel, path: Path, relative_tolerance: Optional[float]) -
     """
     session = open_session(path)
     differences, sizes, largest, agreeing, frames = 0.0, 0.0, 0.0, 0, 0
-    for case in _cases(model):
-        wave, lengths = _batch(case, extra=_hop(model) if len(case) == 1 else 0)
+    for case, padding in _cases(model):
+        wave, lengths = _batch(case, padding)
         logits, frame_lengths = session.run(None, {"wave": wave.numpy(), "lengths": lengths.numpy()})
         for row, samples in enumerate(case):
             with torch.no_grad():
@@ -277,13 +277,19 @@ def open_session(path: PathLike, threads: int = 0):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _cases(model: CtcModel) -> List[List[int]]:
-    """Batches, by the samples of their utterances: one frame, a second or two chunks, four of different lengths."""
-    hop, many = _hop(model), max(50, 2 * model.point.chunk + 9)
+def _cases(model: CtcModel) -> List[Tuple[List[int], int]]:
+    """Batches, by the samples of their utterances, and samples of padding behind the longest one.
+
+    One frame; a second, or two chunks; one with padding; four of different lengths.
+    """
+    _, hop = receptive_field(model.config.conv_layers)
+    many = max(50, 2 * model.point.chunk + 9)
+    four = [_samples(model, 37) + 3 % hop, _samples(model, 1) + hop // 2, _samples(model, 22), _samples(model, 9)]
     return [
-        [_samples(model, 1)],
-        [_samples(model, many) + 7 % hop],
-        [_samples(model, 37) + 3 % hop, _samples(model, 1) + hop // 2, _samples(model, 22), _samples(model, 9)],
+        ([_samples(model, 1)], 0),
+        ([_samples(model, many) + 7 % hop], 0),
+        ([_samples(model, 5)], 2 * hop),
+        (four, 0),
     ]
 
 
@@ -293,17 +299,13 @@ def _samples(model: CtcModel, frames: int) -> int:
     return max(1, field - model.config.frontend_padding + (frames - 1) * hop)
 
 
-def _hop(model: CtcModel) -> int:
-    return receptive_field(model.config.conv_layers)[1]
+def _batch(samples: Sequence[int], padding: int = 0) -> Tuple[Tensor, Tensor]:
+    """Noise (batch, samples) with a constant part, in the padding as well, and the valid samples (batch,) of each row.
 
-
-def _batch(samples: Sequence[int], extra: int = 0) -> Tuple[Tensor, Tensor]:
-    """Noise (batch, samples) with a constant part, everywhere, and the valid samples (batch,) of each row.
-
-    extra: samples more than the longest row has.
+    padding: samples more than the longest row has.
     """
     generator = torch.Generator().manual_seed(0)
-    wave = torch.randn(len(samples), max(samples) + extra, generator=generator) * 0.1 + 0.02
+    wave = torch.randn(len(samples), max(samples) + padding, generator=generator) * 0.1 + 0.02
     return wave, torch.tensor(samples)
 
 
