@@ -19,7 +19,7 @@ from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
-from .load import CtcModel
+from .ctc import CtcModel
 from .widen import widen_
 
 # oneDNN's names of no activation, and of the exact GELU, with its algorithm
@@ -51,9 +51,7 @@ class PackedConv1d(nn.Module):
     made when that first occurs.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False
-    ):
+    def __init__(self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False):
         super().__init__()
         self.register_buffer("weight", _channels_last(_copy(weight)), persistent=False)
         self.register_buffer("bias", _copy(bias), persistent=False)

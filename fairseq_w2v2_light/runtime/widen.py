@@ -11,7 +11,7 @@ from torch import Tensor
 from ..nn.backbone import Backbone
 from ..nn.config import EncoderConfig
 from ..nn.positions import WeightNormConv1d
-from .load import CtcModel
+from .ctc import CtcModel
 
 
 def widen_(model: CtcModel) -> bool:
