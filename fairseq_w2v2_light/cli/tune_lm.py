@@ -62,7 +62,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --random (default: 0)")
     parser.add_argument("--beam", type=int, default=50, metavar="N", help="hypotheses kept (default: 50)")
     parser.add_argument(
-        "--beam-threshold", type=float, default=50.0, metavar="X", help="how far behind the best one may be (default: 50)"
+        "--beam-threshold",
+        type=float,
+        default=50.0,
+        metavar="X",
+        help="how far behind the best one may be (default: 50)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N utterances")
     parser.add_argument("--operating-point", default="", metavar="POINT", help="e.g. s2q1k2 (default: the model's own)")
