@@ -72,7 +72,7 @@ def check(args) -> None:
             raise ValueError(f"{_option(name)}: found {value:g}, expected a finite number")
     given = [name for name in _OF_THE_LM if getattr(args, name) is not None]
     if given and args.lm is None:
-        raise ValueError(f"{_option(given[0])}: only with a language model; add --lm FILE, or leave it out")
+        raise ValueError(f"{_option(given[0])}: only for decoding with --lm; add --lm FILE, or leave it out")
     if args.auto_operating_point:
         from ..runtime.operating import parse_budget
 

@@ -186,7 +186,7 @@ def test_texts_that_cannot_be_scored(tmp_path, capsys, references, hypotheses, m
         (["--model", "m", "--beam", "0"], "--beam: found 0, expected 1 or more"),
         (["--model", "m", "--threads", "-1"], "--threads: found -1"),
         (["--model", "m", "--window", "nan"], "--window: found nan seconds"),
-        (["--model", "m", "--lexicon", "l"], "--lexicon: only with a language model; add --lm FILE"),
+        (["--model", "m", "--lexicon", "l"], "--lexicon: only for decoding with --lm; add --lm FILE"),
         (["--model", "m", "--lm", "x", "--lm-weight", "nan"], "--lm-weight: found nan"),
         (["--model", "m"], "m: no such"),
         (["--model", "m", "--split", "dev"], "dev.tsv: no such split"),
