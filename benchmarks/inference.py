@@ -42,10 +42,12 @@ PRUNED = (
     "model.layer_heads=[1,0,1,0]",
     "model.layer_ffn=[595,590,603,591]",
 )
+# wav2vec 2.0 LARGE as trained on 60,000 hours
+PRE_NORM = ("model.layer_norm_first=true", "model.extractor_mode=layer_norm", "model.conv_bias=true")
 # (recipe, overrides) of models that others have, too
 MODELS = {
     "base": ("pretraining/w2v2_light_base", ("model.unique_layers=12",)),
-    "large": ("pretraining/w2v2_light_large", ("model.unique_layers=24",)),
+    "large": ("pretraining/w2v2_light_large", ("model.unique_layers=24", "model.attention_map_every=1", *PRE_NORM)),
     "sew_tiny": ("pretraining/sew_tiny", ()),
     "digits": (TINY, PLAIN),
 }
