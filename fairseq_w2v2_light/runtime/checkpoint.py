@@ -15,6 +15,7 @@ import struct
 import threading
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +154,6 @@ _TENSORS = {
     "builtins.set": set,
     "_codecs.encode": _encode,
 }
-_RENAMED = {"__builtin__.long": "builtins.int", "builtins.long": "builtins.int"}
 
 
 class _RefusedType(Exception):
@@ -168,8 +168,9 @@ class _Unpickler(pickle._Unpickler):
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
-        kind = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        kind = _RENAMED.get(kind, kind)
+        if self.proto < 3:  # which names things as Python 2 did
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        kind = f"{module}.{name}"
         for known in (ALLOWED, _TENSORS):
             if kind in known:
                 return known[kind]
