@@ -90,6 +90,16 @@ def make_checkpoint_reading_safe() -> None:
     the file, which pickle's own do not.
     """
     checkpoint_utils.torch = _CarefulTorch()
+    stock = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(stock)
+    def load(path, *args, **options):
+        # stock opens what it is given, and waits for ever at a named pipe
+        if Path(path).exists() and not Path(path).is_file():
+            read_pickle(path)
+        return stock(path, *args, **options)
+
+    checkpoint_utils.load_checkpoint_to_cpu = load
 
 
 def make_hydra_print_errors() -> None:

@@ -99,16 +99,16 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
 
 
 def require_size(model: Mapping[str, Any], weights: Dict[str, Any], where: str) -> None:
-    """Raises ValueError when an encoder's configuration asks for far more than `weights` hold: it is a lie.
+    """Raises ValueError when an encoder's configuration describes no network, or one of far more than `weights` hold.
 
-    Called before memory is given to the network. A configuration that describes none is left to those who build it.
+    Called before memory is given to the network.
     """
     try:
         config = encoder_config_from(complete_model(model, "w2v2_light"))
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             asked = sum(parameter.numel() for parameter in Backbone(config).parameters())
-    except (ValueError, TypeError, RuntimeError, ArithmeticError):
-        return
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{where}: its configuration describes no network that can be built: {error}") from error
     held = sum(value.numel() for value in weights.values() if torch.is_tensor(value))
     if asked > 2 * held + _SMALL:
         raise ValueError(

@@ -19,6 +19,7 @@ _FULL_SCALE = 32768
 # integers of 32 bits that nobody scaled; the square of 2**64 is beyond float32
 _LARGEST_SAMPLE = 2.0**31
 _LARGEST_READ = 1 << 20
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 10_000_000
 # Raw samples start with one of these by an accident of 1 in 2**32 at most.
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
 
@@ -76,8 +77,10 @@ def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int) -
     block = block_length(block_seconds, sample_rate)
     file = _open(path)
     try:
+        _check_rate(file.samplerate, str(path))
         if file.samplerate != sample_rate:
             block = block_length(block_seconds, file.samplerate)
+        block = max(1, min(block, _LARGEST_READ // file.channels))
         return resampled_blocks(_file_blocks(file, path, block), file.samplerate, sample_rate, str(path))
     except ValueError:
         file.close()
@@ -135,6 +138,12 @@ def block_length(seconds: float, sample_rate: int) -> int:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"found a block of {seconds:g} seconds, expected a positive, finite number")
     return max(1, round(seconds * sample_rate))
+
+
+def _check_rate(rate: int, name: str) -> None:
+    """Raises ValueError for a sample rate that only a broken file has, and that would make years of a minute."""
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+        raise ValueError(f"{name}: found a sample rate of {rate} Hz, expected {_LOWEST_RATE} to {_HIGHEST_RATE} Hz")
 
 
 def _open(path: Union[str, Path]) -> soundfile.SoundFile:

@@ -398,8 +398,8 @@ def _check_file(path: Path, writer: str) -> bool:
 def require_stored(weights: Mapping[str, Any], path: PathLike) -> None:
     """Raises ValueError for tensors that the file `path` does not hold: repeated values, sparse ones, none at all."""
     for name, value in weights.items():
-        if not torch.is_tensor(value):
-            continue
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise ValueError(f"{path}: parameter '{name}': found {type(value).__name__}, expected a tensor of floats")
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise ValueError(
                 f"{path}: parameter '{name}': found a {value.layout} tensor on {value.device}, expected numbers"
