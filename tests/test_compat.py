@@ -19,7 +19,7 @@ def test_checkpoint_types_load_and_nothing_else(tmp_path):
     torch.save({"dictionary": Dictionary(), "args": Namespace(arch="wav2vec2")}, tmp_path / "good.pt")
     assert torch.load(tmp_path / "good.pt")["args"].arch == "wav2vec2"
     torch.save({"model": {}, "cfg": {"path": Path("x")}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not a checkpoint that torch can read .* could run code"):
+    with pytest.raises(ValueError, match="it holds a 'pathlib.*Path', which could run code"):
         compat.read_checkpoint(tmp_path / "other.pt")
 
 
@@ -65,7 +65,9 @@ def test_a_checkpoint_from_before_hydra_is_read(tmp_path):
 def test_bytes_that_are_no_checkpoint(tmp_path, content):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.pt: not a checkpoint that torch can read"):
+    with pytest.raises(
+        ValueError, match=r"bad\.pt: (the file is empty|not a checkpoint file of|the end .* is missing)"
+    ):
         compat.read_checkpoint(path)
 
 

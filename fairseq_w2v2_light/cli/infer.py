@@ -39,6 +39,7 @@ Decodes dataset.gen_subset (default: test) with fairseq's examples/speech_recogn
   decoding.lexicon=lexicon.txt           ... and these words, or spellings, instead of the language model's own
   decoding.unitlm=true                   ... over labels, without a lexicon
   --config-dir DIR --config-name NAME    read the overrides from DIR/NAME.yaml
+  --trust-checkpoint                     let a checkpoint run the code that it may hold; only if you trust who made it
 """
 
 # Keys that hold a path. Users mean them from where they stand, but hydra changes the working directory.
@@ -244,6 +245,8 @@ def prepare_config(
     import torch
     from omegaconf import OmegaConf, open_dict
 
+    from fairseq_w2v2_light import compat
+
     with open_dict(cfg):
         if cfg.get("task") is None:
             cfg.task = OmegaConf.create({})
@@ -264,6 +267,9 @@ def prepare_config(
                 require_flashlight()
             except ValueError as error:
                 raise ValueError(f"decoding.type={cfg.decoding.type}: {error}; or decoding.type=viterbi") from None
+        if str(cfg.decoding.type) == "fairseqlm":
+            # fairseq's decoder would let it run what it holds, with torch 2.1
+            compat.read_checkpoint(cfg.decoding.lmpath)
         # fairseq-fixed's infer.yaml names a folder of its author's here.
         if cfg.common.user_dir is None or cfg.common.user_dir.startswith("/private/"):
             cfg.common.user_dir = str(user_dir())
@@ -354,7 +360,7 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
     or has no operating points but is to run at one.
     """
     from fairseq_w2v2_light import compat
-    from fairseq_w2v2_light.models.checkpoint import require_finite_weights
+    from fairseq_w2v2_light.models.checkpoint import CTC_MODELS, encoder_weights, require_finite_weights, require_size
 
     state = compat.read_checkpoint(path)
     model = compat.checkpoint_section(state, "model")
@@ -372,6 +378,8 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
             "(it holds no w2v2_light or stochastic_sew model); leave decoding.operating_point out"
         )
     require_finite_weights(state["model"], path)
+    if name in CTC_MODELS and isinstance(model.get("w2v_args"), dict):
+        require_size(model["w2v_args"].get("model") or {}, encoder_weights(state["model"]), path)
     return labels, symbols
 
 

@@ -159,7 +159,7 @@ def test_a_missing_checkpoint(capsys, tiny_ctc, tmp_path):
 
 def test_a_file_that_is_no_checkpoint(capsys, tiny_ctc):
     path = tiny_ctc.data / "test.tsv"
-    assert f"{path}: not a checkpoint that torch can read" in failure(capsys, arguments(tiny_ctc, checkpoint=path))
+    assert f"{path}: not a checkpoint file of torch" in failure(capsys, arguments(tiny_ctc, checkpoint=path))
 
 
 def test_a_torch_file_that_is_no_fairseq_checkpoint(capsys, tiny_ctc, tmp_path):
@@ -224,7 +224,7 @@ def test_half_a_checkpoint(capsys, tiny_ctc, tmp_path):
     content = tiny_ctc.checkpoint.read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     message = failure(capsys, arguments(tiny_ctc, checkpoint=tmp_path / "half.pt"))
-    assert f"{tmp_path / 'half.pt'}: not a checkpoint that torch can read" in message
+    assert f"{tmp_path / 'half.pt'}: the end of the checkpoint is missing" in message
 
 
 def test_a_checkpoint_of_a_diverged_run(capsys, tiny_ctc, tmp_path):
