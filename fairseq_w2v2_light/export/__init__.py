@@ -1,0 +1,1 @@
+"""Models for use elsewhere: a folder for the runtime, Hugging Face, ONNX."""
