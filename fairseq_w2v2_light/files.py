@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Collection, Iterator, Union
 
 
 @contextlib.contextmanager
@@ -33,3 +34,43 @@ def atomic_write_text(path: Union[str, Path], text: str) -> None:
     """Writes `text` (UTF-8) to `path` in one step."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Union[str, Path], names: Collection[str]) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which becomes `path` when the block succeeds.
+
+    names: the files that the block may write. A folder that is there is replaced if it holds no others; raises
+    ValueError, before the block, where it does, or where `path` is a file. When the block raises, the new folder is
+    removed and `path` is left as it was.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: a file, expected the name of a folder to write")
+    others = sorted({entry.name for entry in path.iterdir()} - set(names)) if path.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{path}: the folder holds '{others[0]}' and would be replaced; expected a new or empty folder, or an "
+            "earlier export: give another name"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        yield temporary
+        if path.is_dir():
+            # a folder cannot be renamed onto one with files: the old one steps aside for the moment between
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

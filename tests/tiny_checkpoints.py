@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import torch
 from fairseq import checkpoint_utils, models
 from fairseq.data import Dictionary
+from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from omegaconf import OmegaConf
+
+from fairseq_w2v2_light.models import StochasticSEWConfig, StochasticSEWModel, W2V2LightConfig, W2V2LightModel
 
 # stride 20, receptive field 30 samples
 CONV_LAYERS = "[(16, 10, 5), (16, 3, 2), (16, 2, 2)]"
@@ -125,3 +128,48 @@ def save_ctc(path, model, task=None, dictionary=None):
     """Writes a CTC model's checkpoint; returns its path as text."""
     values = without_references(OmegaConf.to_container(model.cfg, enum_to_str=True))
     return save_checkpoint(path, values, model.state_dict(), task, dictionary)
+
+
+STOCHASTIC = dict(squeeze_factors=[1, 2], query_pools=[1, 2], kv_pools=[1, 2])
+SHARED = dict(unique_layers=1, attention_map_every=2)
+STREAMING = dict(chunk_frames=[4], left_context_frames=8, lookahead_frames=2)
+SEW = dict(STOCHASTIC, conv_pos=7, projection_hidden_dim=24)
+PRETRAINED = {
+    "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config),
+    "w2v2_light": (W2V2LightModel, W2V2LightConfig),
+    "stochastic_sew": (StochasticSEWModel, StochasticSEWConfig),
+}
+
+
+def pretrained(path, name="w2v2_light", layout="base", **keys):
+    """Writes a tiny pre-training checkpoint; returns its path."""
+    model_class, config_class = PRETRAINED[name]
+    config = config_class(**{**SHAPE, **LAYOUTS[layout], **keys})
+    torch.manual_seed(0)
+    model = model_class(config)
+    perturb(model, torch.Generator().manual_seed(0))
+    return save_checkpoint(path, container(config, name), model.state_dict())
+
+
+def finetuned(folder, ctc="light_ctc", ctc_keys=None, task=None, dictionary=None, **encoder):
+    """Writes a tiny CTC checkpoint that fairseq's own loader can load; returns its path."""
+    model = ctc_model(pretrained(folder / "pretrained.pt", **encoder), ctc, **(ctc_keys or {}))
+    perturb(model.w2v_encoder.proj, torch.Generator().manual_seed(1))
+    letters().save(str(folder / "dict.ltr.txt"))
+    task = {"_name": "audio_finetuning", "data": str(folder), "labels": "ltr", **(task or {})}
+    return save_ctc(folder / "ctc.pt", model, task, dictionary or letters())
+
+
+# CTC checkpoints of every kind, as arguments of `finetuned`
+MODELS = {
+    "base": dict(layout="base"),
+    "large": dict(layout="large"),
+    "stock CTC model": dict(layout="large", ctc="wav2vec_ctc"),
+    "shared layers": dict(layout="large", **SHARED),
+    "stochastic": dict(layout="base", **STOCHASTIC),
+    "at one point": dict(layout="large", **STOCHASTIC, **SHARED, ctc_keys={"operating_point": "s2q1k2"}),
+    "at a point of its own": dict(layout="base", **STOCHASTIC, operating_point="s2q2k1"),
+    "stochastic SEW": dict(name="stochastic_sew", **SEW, ctc_keys={"operating_point": "s2q1k2"}),
+    "streaming": dict(layout="large", **STREAMING),
+    "streaming since fine-tuning": dict(layout="large", ctc_keys={**STREAMING, "chunk_frames": [4, 8]}),
+}

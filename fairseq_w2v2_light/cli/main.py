@@ -25,6 +25,7 @@ VERBS = {
     "prune": ("prune", "remove what the gates of a checkpoint closed, and write a smaller one that computes the same"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
+    "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }

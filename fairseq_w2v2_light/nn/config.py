@@ -69,6 +69,11 @@ class EncoderConfig:
     checkpoint_activations: bool = False
 
     def __post_init__(self):
+        if not self.layer_map or set(self.layer_map) != set(range(self.unique_layers)):
+            raise ValueError(
+                f"layer_map: found {list(self.layer_map)}, expected the stored layer of each depth, numbered from 0 "
+                "without gaps"
+            )
         if self.squeeze_tail not in ("keep", "drop"):
             raise ValueError(f"squeeze_tail: found '{self.squeeze_tail}', expected 'keep' or 'drop'")
         if self.attention_map_every < 1:

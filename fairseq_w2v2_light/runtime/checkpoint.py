@@ -6,9 +6,10 @@ type that fairseq writes becomes a `StandIn`, which remembers what it was given;
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Union
@@ -25,12 +26,14 @@ class Checkpoint:
 
     model: the state dict; its tensors stay in the file until they are read. cfg: the configuration's `model` and
     `task` sections as plain dicts, whichever way the file holds them. symbols: the target dictionary, in order (None:
-    the file has none).
+    the file has none). training: how it was trained, as far as the file says: criterion, updates, seed,
+    learning_rate, best_checkpoint_metric, best.
     """
 
     model: Dict[str, Tensor]
     cfg: Dict[str, Dict[str, Any]]
     symbols: Optional[List[str]] = None
+    training: Dict[str, Any] = field(default_factory=dict)
 
 
 class StandIn:
@@ -145,7 +148,36 @@ def _checkpoint(state, path: Path) -> Checkpoint:
     task_state = as_plain(state.get("task_state"))
     dictionary = task_state.get("target_dictionary") if isinstance(task_state, dict) else None
     symbols = dictionary.get("symbols") if isinstance(dictionary, dict) else None
-    return Checkpoint(dict(state["model"]), sections(cfg), None if symbols is None else [str(s) for s in symbols])
+    symbols = None if symbols is None else [str(symbol) for symbol in symbols]
+    return Checkpoint(dict(state["model"]), sections(cfg), symbols, _training(state, cfg))
+
+
+def _training(state: Dict[str, Any], cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """What the file says of its training; no path, which would be of interest to nobody else."""
+
+    def setting(section: str, key: str) -> Any:
+        values = cfg.get(section, cfg if "arch" in cfg else {})
+        return values.get(key) if isinstance(values, dict) else None
+
+    history, extra = as_plain(state.get("optimizer_history")), as_plain(state.get("extra_state"))
+    last = history[-1] if isinstance(history, list) and history else None
+    criterion = cfg.get("criterion")
+    found = {
+        "criterion": criterion.get("_name") if isinstance(criterion, dict) else criterion,
+        "updates": last.get("num_updates") if isinstance(last, dict) else None,
+        "seed": setting("common", "seed"),
+        "learning_rate": setting("optimization", "lr"),
+        "best_checkpoint_metric": setting("checkpoint", "best_checkpoint_metric"),
+        "best": extra.get("best") if isinstance(extra, dict) else None,
+    }
+    return {key: value for key, value in found.items() if _is_simple(value)}
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether JSON holds the value: a text, a number, a list of those."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_simple, value))
+    return isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _unpickle(path: Path) -> Any:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.backbone import Backbone
-from ..nn.config import EncoderConfig, encoder_config_from
+from ..nn.config import encoder_config_from
 from ..nn.operating_point import OperatingPoint
 from .checkpoint import Checkpoint, PathLike, read_checkpoint, sections
+from .ctc import CtcModel, check_weights, require_finite
+from .folder import is_model_folder, read_folder
 
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 _CTC_MODELS = ("wav2vec_ctc", "light_ctc")
@@ -41,94 +41,24 @@ _STOCK = {
 }
 
 
-class CtcModel(nn.Module):
-    """wav2vec 2.0 with a CTC head: waveform in, logits out.
-
-    config: the network. symbols: the label of each logit; index 0 is the blank. normalize: whether the model expects
-    utterances of zero mean and unit variance, which `forward` then makes of them. sample_rate: of the audio, in Hz.
-    point: the operating point to run at; the one with the least reduction by default. Raises ValueError for a point
-    that the model was not trained for.
-    """
-
-    blank = 0
-
-    def __init__(
-        self,
-        config: EncoderConfig,
-        symbols: Sequence[str],
-        normalize: bool = False,
-        sample_rate: int = 16000,
-        point: Optional[OperatingPoint] = None,
-    ):
-        super().__init__()
-        self.backbone = Backbone(config)
-        self.head = nn.Linear(config.dim, len(symbols))
-        self.symbols: List[str] = list(symbols)
-        self.normalize = normalize
-        self.sample_rate = sample_rate
-        self.point = config.operating_points.default if point is None else config.operating_points.check(point)
-
-    def forward(
-        self, wave: Tensor, lengths: Optional[Tensor] = None, point: Optional[OperatingPoint] = None
-    ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Logits (batch, time, labels) of `wave` (batch, samples), and the valid frames of each row (batch,).
-
-        lengths: (batch,) valid samples of each row; None: all, and then the second result is None, too. What stands
-        after the valid samples and frames has no meaning. point: None is the model's own. Raises ValueError for audio
-        that is not finite or too short for one frame, and for a point that the model was not trained for.
-        """
-        lengths = _check_wave(wave, lengths)
-        if self.normalize:
-            wave = normalized(wave, lengths)
-        encoded, mask = self.backbone.encode(wave, lengths, self.point if point is None else point)
-        logits = self.head(encoded.x)
-        if lengths is None:
-            return logits, None
-        if mask is None:
-            return logits, torch.full_like(lengths, logits.size(1))
-        return logits, mask.valid.sum(1)
-
-
-def normalized(wave: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
-    """`wave` (batch, samples) with mean 0 and variance 1 over the valid samples of each row, 0 after them.
-
-    fairseq's task.normalize: F.layer_norm of the utterance, its eps of 1e-5 included.
-    """
-    if lengths is None:
-        return F.layer_norm(wave, wave.shape[-1:])
-    valid = torch.arange(wave.size(1), device=wave.device) < lengths.unsqueeze(1)
-    count = lengths.unsqueeze(1)
-    centred = (wave - (wave * valid).sum(1, keepdim=True) / count) * valid
-    return centred * (centred.square().sum(1, keepdim=True) / count + 1e-5).rsqrt()
-
-
-def _check_wave(wave: Tensor, lengths: Optional[Tensor]) -> Optional[Tensor]:
-    """`lengths` on the device of `wave`; raises ValueError unless both can be run."""
-    if wave.dim() != 2 or wave.size(0) == 0 or not wave.is_floating_point():
-        raise ValueError(f"audio: found {wave.dtype} of shape {tuple(wave.shape)}, expected floats (batch, samples)")
-    finite = torch.isfinite(wave).all(dim=1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
-        raise ValueError(f"audio: NaN or infinite samples in row(s) {rows} of the batch, expected finite samples")
-    if lengths is None:
-        return None
-    if lengths.shape != wave.shape[:1] or int(lengths.max()) > wave.size(1):
-        raise ValueError(
-            f"lengths: found {lengths.tolist()}, expected one number of samples for each of {wave.size(0)} rows, at "
-            f"most {wave.size(1)}"
-        )
-    return lengths.to(wave.device)
-
-
 def load_ctc(path: PathLike, dictionary: Optional[PathLike] = None) -> CtcModel:
-    """Loads a fine-tuned checkpoint of fairseq (`light_ctc`, `wav2vec_ctc`) for inference, in fp32.
+    """Loads a model folder, or a fine-tuned checkpoint of fairseq (`light_ctc`, `wav2vec_ctc`), for inference, in fp32.
 
     dictionary: fairseq's dict.ltr.txt, for checkpoints that hold no dictionary of their own (pre-hydra ones). Nothing
     in the file is run. Raises FileNotFoundError when a file is missing; ValueError when the checkpoint is broken, of
     another kind, does not fit its own configuration or the dictionary, or has NaN or infinite weights.
     """
     path = Path(path)
-    checkpoint = read_checkpoint(path)
+    if is_model_folder(path):
+        if dictionary is not None:
+            raise ValueError(f"{path}: a model folder has its own labels; leave out --dictionary")
+        return read_folder(path)
+    return ctc_from_checkpoint(read_checkpoint(path), path, dictionary)
+
+
+def ctc_from_checkpoint(checkpoint: Checkpoint, path: PathLike, dictionary: Optional[PathLike] = None) -> CtcModel:
+    """As `load_ctc`, of a checkpoint that was read from `path`."""
+    path = Path(path)
     encoder_cfg = _encoder_sections(checkpoint, path)
     weights = _inference_weights(checkpoint.model)
     symbols = _symbols(checkpoint, weights, path, dictionary)
@@ -145,11 +75,11 @@ def load_ctc(path: PathLike, dictionary: Optional[PathLike] = None) -> CtcModel:
             )
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: its configuration describes no network that can be built: {error}") from error
-    _check_weights(model, weights, path)
+    check_weights(model, weights, path, _checkpoint_name)
     # copies: the tensors of the checkpoint are the file itself, which a training may overwrite
     copies = {_own_name(name): value.to(torch.float32, copy=True) for name, value in weights.items()}
     model.load_state_dict(copies, assign=True)
-    _require_finite(model, path)
+    require_finite(model, path, _checkpoint_name)
     _add_blank_weight(model.head, ctc_cfg)
     return model.eval().requires_grad_(False)
 
@@ -264,40 +194,6 @@ def _symbols(
             f"but the CTC head of {path} has {len(rows)} rows; give the dictionary that it was trained with"
         )
     return symbols
-
-
-def _check_weights(model: CtcModel, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError that names the first parameter which is missing, too many, or of another shape."""
-    expected = {_checkpoint_name(name): value for name, value in model.state_dict().items()}
-    advice = "the file was changed, or made by code that has another network under this name"
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        raise ValueError(f"{path}: parameter '{missing[0]}' is missing ({len(missing)} in all); {advice}")
-    unexpected = [name for name in weights if name not in expected]
-    if unexpected:
-        raise ValueError(
-            f"{path}: parameter '{unexpected[0]}' has no place in the network that the configuration describes "
-            f"({len(unexpected)} in all); {advice}"
-        )
-    for name, parameter in expected.items():
-        value = weights[name]
-        if not torch.is_tensor(value) or not value.is_floating_point():
-            kind = value.dtype if torch.is_tensor(value) else type(value).__name__
-            raise ValueError(f"{path}: parameter '{name}': found {kind}, expected a tensor of floats; {advice}")
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"{path}: parameter '{name}': found shape {tuple(value.shape)}, but the configuration asks for "
-                f"{tuple(parameter.shape)}; {advice}"
-            )
-
-
-def _require_finite(model: CtcModel, path: Path) -> None:
-    for name, value in model.state_dict().items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"{path}: parameter '{_checkpoint_name(name)}' has NaN or infinite values, expected finite ones: "
-                "training diverged; take an earlier checkpoint, or train again with a lower learning rate"
-            )
 
 
 def _add_blank_weight(head: nn.Linear, ctc_cfg: Mapping[str, Any]) -> None:
