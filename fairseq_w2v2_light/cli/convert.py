@@ -1,13 +1,23 @@
-"""`w2v2-light convert`: a stock fairseq checkpoint as one of ours."""
-
-from ..models.convert import convert
+"""`w2v2-light convert`: a stock fairseq checkpoint, or a Hugging Face folder, as a checkpoint of ours."""
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("checkpoint", help="a wav2vec2 or wav2vec_ctc checkpoint of fairseq")
-    parser.add_argument("out", help="where to write the w2v2_light (or light_ctc) checkpoint")
+    parser.add_argument(
+        "checkpoint",
+        help="a wav2vec2 or wav2vec_ctc checkpoint of fairseq, or a Hugging Face folder: Wav2Vec2ForCTC, "
+        "Wav2Vec2ForPreTraining, Wav2Vec2Model, HubertForCTC, HubertModel, SEWForCTC, SEWModel",
+    )
+    parser.add_argument(
+        "out", help="where to write the w2v2_light, stochastic_sew or light_ctc checkpoint, such as model.pt"
+    )
 
 
 def run(args) -> int:
-    print(convert(args.checkpoint, args.out))
+    from ..export.from_huggingface import from_huggingface, is_huggingface_folder
+    from ..models.convert import convert
+
+    if is_huggingface_folder(args.checkpoint):
+        print(from_huggingface(args.checkpoint, args.out))
+    else:
+        print(convert(args.checkpoint, args.out))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor
@@ -28,11 +28,10 @@ from .huggingface_format import (
     WEIGHTS,
     tensor_names,
 )
+from .huggingface_labels import special_tokens, token_ids, tokens_of
 
 CARD = "README.md"
 FILES = (CONFIG, WEIGHTS, VOCAB, TOKENIZER, SPECIAL_TOKENS, PREPROCESSOR, CARD)
-# Hugging Face's CTC models use the padding token as blank, fairseq's `<s>`
-BLANK_TOKEN = "<pad>"
 
 
 def export_huggingface(model: CtcModel, out: PathLike, operating_point: str = "") -> str:
@@ -47,7 +46,7 @@ def export_huggingface(model: CtcModel, out: PathLike, operating_point: str = ""
     family = "wav2vec2" if point.squeeze == 1 else "sew"
     _require_expressible(model.config, point, family)
     architecture = f"{FAMILIES[family]}ForCTC"
-    vocabulary = _vocabulary(model)
+    vocabulary = tokens_of(model.symbols)
     tensors = _tensors(model, point, family)
     from safetensors.torch import save_file
 
@@ -56,7 +55,7 @@ def export_huggingface(model: CtcModel, out: PathLike, operating_point: str = ""
         _write_json(folder / CONFIG, _config(model, point, family, vocabulary))
         _write_json(folder / VOCAB, {token: index for index, token in enumerate(vocabulary)})
         _write_json(folder / TOKENIZER, _tokenizer(model, vocabulary))
-        _write_json(folder / SPECIAL_TOKENS, _special_tokens(vocabulary))
+        _write_json(folder / SPECIAL_TOKENS, special_tokens(vocabulary))
         _write_json(folder / PREPROCESSOR, _preprocessor(model))
         (folder / CARD).write_text(_card(model, point, family, Path(out).name), encoding="utf-8")
     return architecture
@@ -185,7 +184,7 @@ def _config(model: CtcModel, point: OperatingPoint, family: str, vocabulary: Lis
         "ctc_loss_reduction": "mean",
         "ctc_zero_infinity": True,
         "vocab_size": len(vocabulary),
-        **{f"{role}_token_id": index for role, index in _token_ids(vocabulary).items() if role != "unk"},
+        **{f"{role}_token_id": index for role, index in token_ids(vocabulary).items() if role != "unk"},
         "torch_dtype": "float32",
     }
     if family == "sew":
@@ -193,55 +192,12 @@ def _config(model: CtcModel, point: OperatingPoint, family: str, vocabulary: Lis
     return {**config, "do_stable_layer_norm": network.norm_first}
 
 
-def _vocabulary(model: CtcModel) -> List[str]:
-    """Hugging Face's token of each logit.
-
-    As in its own conversions of fairseq's models, the blank `<s>` is called `<pad>`, and `<pad>` `<s>`. Its tokenizer
-    joins tokens and strips the text, so that pieces begin with a space where ours have `▁`, and whole words end with
-    one. Raises ValueError for a label that stands twice.
-    """
-    symbols = model.symbols
-    kind = Labels(symbols, model.blank).kind
-    tokens = [symbol if index < 4 and symbol[:1] == "<" else _spelled(symbol, kind) for index, symbol in enumerate(symbols)]
-    if BLANK_TOKEN in symbols:
-        tokens[symbols.index(BLANK_TOKEN)] = symbols[model.blank]
-    tokens[model.blank] = BLANK_TOKEN
-    seen: Dict[str, int] = {}
-    for index, token in enumerate(tokens):
-        if token in seen:
-            raise ValueError(
-                f"labels {seen[token]} and {index} are both {token!r} in Hugging Face's vocabulary, which needs one "
-                "token for each; change the dictionary"
-            )
-        seen[token] = index
-    return tokens
-
-
-def _spelled(symbol: str, kind: str) -> str:
-    if kind == "word":
-        return symbol + " "
-    symbol = symbol.replace(" ", "")
-    return symbol.replace("\u2581", " ") if kind == "sentencepiece" else symbol
-
-
-def _token_ids(vocabulary: List[str]) -> Dict[str, Optional[int]]:
-    """The index of each special token that transformers knows, by its role; None where there is no such label."""
-    tokens = {"pad": BLANK_TOKEN, "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
-    return {role: vocabulary.index(token) if token in vocabulary else None for role, token in tokens.items()}
-
-
-def _special_tokens(vocabulary: List[str]) -> Dict[str, Optional[str]]:
-    return {
-        f"{role}_token": None if index is None else vocabulary[index] for role, index in _token_ids(vocabulary).items()
-    }
-
-
 def _tokenizer(model: CtcModel, vocabulary: List[str]) -> Dict[str, Any]:
     is_letter = Labels(model.symbols, model.blank).kind == "letter"
     return {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "processor_class": "Wav2Vec2Processor",
-        **_special_tokens(vocabulary),
+        **special_tokens(vocabulary),
         "word_delimiter_token": "|" if is_letter else " ",
         "replace_word_delimiter_char": " ",
         "do_lower_case": False,

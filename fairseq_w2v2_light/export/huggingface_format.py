@@ -13,7 +13,9 @@ CONFIG, VOCAB, PREPROCESSOR, TOKENIZER, SPECIAL_TOKENS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-WEIGHTS = "model.safetensors"
+ADDED_TOKENS, PROCESSOR = "added_tokens.json", "processor_config.json"
+WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
+WEIGHTS_INDEX, PICKLED_INDEX = (f"{name}.index.json" for name in (WEIGHTS, PICKLED))
 # model_type of config.json, which is also the prefix of the encoder's tensors in a model with a head
 FAMILIES = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "sew": "SEW"}
 # ours: theirs; the first is what we write, the others are the same function under other names

@@ -130,7 +130,7 @@ def read_checkpoint(path: PathLike) -> Checkpoint:
     it holds a type that could run code.
     """
     path = Path(path)
-    state = _unpickle(path)
+    state = read_pickle(path)
     try:
         return _checkpoint(state, path)
     except (RecursionError, TypeError) as error:
@@ -180,14 +180,18 @@ def _is_simple(value: Any) -> bool:
     return isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _unpickle(path: Path) -> Any:
-    is_zip = _check_file(path)
+def read_pickle(path: Path, writer: str = "fairseq") -> Any:
+    """What torch saved in a file, types other than tensors and containers as stand-ins; runs nothing of it.
+
+    writer: who is expected to have written it, for messages. Raises as `read_checkpoint` does.
+    """
+    is_zip = _check_file(path, writer)
     try:
         # mapped: the optimizer's state, two thirds of a training checkpoint, is never read
         return torch.load(str(path), map_location="cpu", pickle_module=_PICKLE, weights_only=False, mmap=is_zip)
     except _RefusedType as error:
         raise ValueError(
-            f"{path}: not a checkpoint that fairseq wrote: it holds a '{error}', which could run code; nothing of it "
+            f"{path}: not a checkpoint that {writer} wrote: it holds a '{error}', which could run code; nothing of it "
             "was run"
         ) from error
     except Exception as error:  # torch and pickle raise nearly any type on bytes they do not know
@@ -197,7 +201,7 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
-def _check_file(path: Path) -> bool:
+def _check_file(path: Path, writer: str) -> bool:
     """Whether the checkpoint is a zip file; raises unless it is one of torch's files."""
     if path.is_dir():
         raise ValueError(f"{path}: a folder; give the checkpoint file in it, e.g. {path / 'checkpoint_best.pt'}")
@@ -215,9 +219,9 @@ def _check_file(path: Path) -> bool:
     if start.startswith(b"PK") and not is_zip:
         raise ValueError(f"{path}: the end of the checkpoint is missing; {_INCOMPLETE}")
     if any(entry.endswith("/constants.pkl") for entry in entries):
-        raise ValueError(f"{path}: a TorchScript program; expected a checkpoint that fairseq wrote")
+        raise ValueError(f"{path}: a TorchScript program; expected a checkpoint that {writer} wrote")
     if not any(entry.endswith("/data.pkl") for entry in entries) and start != _BEFORE_ZIP:
-        raise ValueError(f"{path}: not a checkpoint file of torch, expected one that fairseq wrote")
+        raise ValueError(f"{path}: not a checkpoint file of torch, expected one that {writer} wrote")
     return is_zip
 
 
