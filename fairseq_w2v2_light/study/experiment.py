@@ -88,10 +88,19 @@ def train(
 PLAIN = ("model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]")
 
 
-def train_plain(data: Path, out: Path, updates: Sequence[int], report: Callable[[str], None] = print) -> Path:
-    """Trains the plain tiny model of the examples, (pre-training, fine-tuning) updates; returns its CTC checkpoint."""
+def train_plain(
+    data: Path,
+    out: Path,
+    updates: Sequence[int],
+    report: Callable[[str], None] = print,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Trains the plain tiny model of the examples, (pre-training, fine-tuning) updates; returns its CTC checkpoint.
+
+    overrides: of the pre-training recipe.
+    """
     recipe = "pretraining/light_stochastic_tiny"
-    start = train(recipe, data, out / "pretrained", PLAIN, max_update=updates[0], report=report)
+    start = train(recipe, data, out / "pretrained", [*PLAIN, *overrides], max_update=updates[0], report=report)
     overrides = [f"model.w2v_path={start.resolve()}"]
     return train("finetuning/tiny", data, out / "finetuned", overrides, max_update=updates[1], report=report)
 

@@ -5,30 +5,43 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
-from fairseq import checkpoint_utils
+from torch import Tensor
 
 from ..data.manifest import read_manifest
 from ..nn.operating_point import OperatingPoint
+from ..runtime.ctc import CtcModel
+from ..runtime.load import load_ctc
+from ..runtime.pack import pack_
+
+# frames of a typical utterance, 10 s, for which weights are laid out
+_ROWS = 500
 
 
-def load_ctc(checkpoint):
-    """The CTC model of a checkpoint, ready for inference, and whether it wants normalised audio."""
-    models, cfg, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
-    return models[0].eval(), bool(cfg.task.get("normalize", False))
+def load_packed(checkpoint) -> CtcModel:
+    """The CTC model of a checkpoint or model folder as the runtime runs it, its weights laid out for this CPU."""
+    model = load_ctc(checkpoint)
+    pack_(model, _ROWS)
+    return model
 
 
-def read_utterances(data, split: str, limit: int, normalize: bool) -> List[torch.Tensor]:
-    """The first `limit` utterances of a split, each (1, samples)."""
+def read_audio(data, split: str, utterances: int, seconds: float = 0.0) -> List[Tensor]:
+    """The first utterances of a split, each (1, samples); with `seconds`, joined and cut into pieces of that length.
+
+    Of joined ones the last piece is left out where it is shorter, unless it is the only one.
+    """
     manifest = read_manifest(Path(data) / f"{split}.tsv")
     waves = []
-    for entry in manifest.entries[:limit]:
-        samples, _ = soundfile.read(str(Path(manifest.root) / entry.path), dtype="float32")
-        wave = torch.from_numpy(samples)
-        waves.append((F.layer_norm(wave, wave.shape) if normalize else wave).unsqueeze(0))
-    return waves
+    for entry in manifest.entries[:utterances]:
+        samples, rate = soundfile.read(str(Path(manifest.root) / entry.path), dtype="float32")
+        waves.append(samples)
+    if seconds:
+        length = round(seconds * rate)
+        joined = np.concatenate(waves)
+        waves = [joined[start : start + length] for start in range(0, max(len(joined) - length, 0) + 1, length)]
+    return [torch.from_numpy(wave).unsqueeze(0) for wave in waves]
 
 
 def real_time_factors(
@@ -38,32 +51,32 @@ def real_time_factors(
 
     From waveform to CTC logits, on the CPU with torch's current number of threads.
     """
-    model, normalize = load_ctc(checkpoint)
-    waves = read_utterances(data, split, utterances, normalize)
+    model = load_packed(checkpoint)
+    waves = read_audio(data, split, utterances)
     return _interleaved({point: _transcriber(model, waves, OperatingPoint.parse(point)) for point in points}, repeats)
 
 
 def compare_real_time_factors(
-    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 20, repeats: int = 5
+    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 40, repeats: int = 9, seconds: float = 10.0
 ) -> Dict[str, float]:
-    """As `real_time_factors`, of several models by name, each at its own operating point."""
-    transcribers = {}
-    for name, checkpoint in checkpoints.items():
-        model, normalize = load_ctc(checkpoint)
-        transcribers[name] = _transcriber(model, read_utterances(data, split, utterances, normalize))
-    return _interleaved(transcribers, repeats)
+    """As `real_time_factors`, of several models by name, each at its own operating point, on pieces of `seconds`.
+
+    MACs, to compare with, are those of 10 s: attention has more of them the longer the audio is.
+    """
+    waves = read_audio(data, split, utterances, seconds)
+    models = {name: load_packed(checkpoint) for name, checkpoint in checkpoints.items()}
+    return _interleaved({name: _transcriber(model, waves) for name, model in models.items()}, repeats)
 
 
-def _transcriber(model, waves: List[torch.Tensor], point: Optional[OperatingPoint] = None) -> Callable[[], float]:
+def _transcriber(model: CtcModel, waves: List[Tensor], point: Optional[OperatingPoint] = None) -> Callable[[], float]:
     """A function that transcribes all of `waves` and returns its real-time factor."""
-    encoder = model.w2v_encoder
-    audio = sum(wave.size(1) for wave in waves) / 16000
+    audio = sum(wave.size(1) for wave in waves) / model.sample_rate
 
     def transcribe() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             for wave in waves:
-                encoder.proj(encoder.w2v_model.extract_features(wave, None, operating_point=point)["x"])
+                model(wave, point=point)
         return (time.perf_counter() - start) / audio
 
     return transcribe
