@@ -1,5 +1,7 @@
 """`w2v2-light convert`: a stock fairseq checkpoint, or a Hugging Face folder, as a checkpoint of ours."""
 
+from pathlib import Path
+
 
 def add_arguments(parser) -> None:
     parser.add_argument(
@@ -13,11 +15,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from ..export.from_huggingface import from_huggingface, is_huggingface_folder
+    from ..export.from_huggingface import from_huggingface
     from ..models.convert import convert
 
-    if is_huggingface_folder(args.checkpoint):
-        print(from_huggingface(args.checkpoint, args.out))
-    else:
-        print(convert(args.checkpoint, args.out))
+    print((from_huggingface if Path(args.checkpoint).is_dir() else convert)(args.checkpoint, args.out))
     return 0

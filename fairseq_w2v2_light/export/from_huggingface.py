@@ -120,12 +120,6 @@ _IGNORED = frozenset(
 )
 
 
-def is_huggingface_folder(path: PathLike) -> bool:
-    """Whether `path` is a folder whose config.json may be transformers': it does not say that it is ours."""
-    folder = Path(path)
-    return folder.is_dir() and "format" not in (read_json(folder, CONFIG, {}) or {})
-
-
 def from_huggingface(source: PathLike, target: PathLike) -> str:
     """Writes the model in a Hugging Face folder as a checkpoint of ours; returns a summary.
 
@@ -141,6 +135,11 @@ def from_huggingface(source: PathLike, target: PathLike) -> str:
         raise ValueError(f"'{target}': a folder; give the name of the checkpoint to write, like {target / 'model.pt'}")
     config = read_json(source, CONFIG)
     where = source / CONFIG
+    if "format" in config:
+        raise ValueError(
+            f"{source}: a model folder of `w2v2-light export`, which is for inference; fine-tuning starts from the "
+            "checkpoint that it was made of"
+        )
     family, kind = _architecture(config, where)
     encoder = _encoder_section(config, family, where)
     network = _network(encoder, where)

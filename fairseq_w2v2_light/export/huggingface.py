@@ -238,6 +238,8 @@ def _card(model: CtcModel, point: OperatingPoint, family: str, name: str) -> str
             f"transformers attends to a squeezed frame that is partly padding: in a padded batch, utterances whose "
             f"number of frames is no multiple of {point.squeeze} get slightly other logits than alone."
         )
+    if "|" in model.symbols and Labels(model.symbols, model.blank).kind != "letter":
+        notes.append("The label `|` is spelled as a space by transformers 5.")
     if model.normalize:
         notes.append(
             "The feature extractor normalises each utterance with an epsilon of 1e-7, fairseq with 1e-5: the logits of "

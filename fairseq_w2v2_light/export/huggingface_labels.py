@@ -144,7 +144,8 @@ def _read_tokens(folder: Path, settings: Mapping[str, Any], count: int) -> Dict[
             raise ValueError(f"{folder / name}: token {token!r}: found id {index!r}, expected a number of 0 or more")
         if index >= count:
             continue
-        if tokens.setdefault(index, token) != token and name != TOKENIZER:
+        # with gaps in a vocabulary, transformers gives tokens that it adds the ids of others, which take precedence
+        if tokens.setdefault(index, token) != token and name == VOCAB:
             raise ValueError(f"{folder / name}: tokens {tokens[index]!r} and {token!r} have one id, {index}")
     return tokens
 
@@ -171,7 +172,7 @@ def _blank(config: Mapping[str, Any], named: Optional[int], count: int, folder: 
     blank = configured if named is None else named
     if type(blank) is not int or not 0 <= blank < count:
         raise ValueError(
-            f"{folder}: no padding token, which is CTC's blank: {VOCAB} has none, {CONFIG} has pad_token_id={configured}"
+            f"{folder}: no padding token, which is CTC's blank: none in {VOCAB}, {CONFIG} has pad_token_id={configured}"
         )
     if configured is not None and configured != blank:
         raise ValueError(
