@@ -78,10 +78,11 @@ def _read_shards(folder: Path, index: str, read) -> Dict[str, Tensor]:
                 "the folder, without a path"
             )
     weights: Dict[str, Tensor] = {}
-    for name in sorted(set(owners.values())):
-        for tensor, value in read(_file(folder, name)).items():
+    files = {name: _file(folder, name) for name in sorted(set(owners.values()))}
+    for name, file in files.items():
+        for tensor, value in read(file).items():
             if owners.get(tensor) != name:
-                raise ValueError(f"{folder / name}: holds '{tensor}', which {index} has in {owners.get(tensor)}")
+                raise ValueError(f"{file}: holds '{tensor}', which {index} has in {owners.get(tensor)}")
             weights[tensor] = value
     missing = sorted(set(owners) - set(weights))
     if missing:
