@@ -242,8 +242,9 @@ def _card(model: CtcModel, point: OperatingPoint, family: str, name: str) -> str
         notes.append("The label `|` is spelled as a space by transformers 5.")
     if model.normalize:
         notes.append(
-            "The feature extractor normalises each utterance with an epsilon of 1e-7, fairseq with 1e-5: the logits of "
-            "very quiet audio differ a little."
+            "The feature extractor normalises an utterance with an epsilon of 1e-7, fairseq with 1e-5, which scales speech "
+            "with a standard deviation of 0.05 (samples -1 to 1) by 0.2 %, and quieter audio by more. For the numbers of "
+            "the original, pass `torch.nn.functional.layer_norm(wave, wave.shape)` of each utterance as `input_values`."
         )
     lines = [
         "---",

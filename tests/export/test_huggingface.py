@@ -18,7 +18,7 @@ from fairseq_w2v2_light.export.from_huggingface import ABSENT_LOGIT, from_huggin
 from fairseq_w2v2_light.export.huggingface import export_huggingface
 from fairseq_w2v2_light.nn.config import EncoderConfig
 from fairseq_w2v2_light.nn.operating_point import OperatingPoint
-from fairseq_w2v2_light.runtime.ctc import CtcModel
+from fairseq_w2v2_light.runtime.ctc import CtcModel, normalized
 from fairseq_w2v2_light.runtime.decode import greedy
 from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.runtime.text import Labels
@@ -167,6 +167,19 @@ def test_sew_attends_to_half_padded_windows(tmp_path):
         torch.testing.assert_close(theirs(rows[1].unsqueeze(0)).logits[0], alone, atol=1e-4, rtol=0)
     torch.testing.assert_close(batch[0], ours(rows[0].unsqueeze(0))[0][0], atol=1e-4, rtol=0)
     assert (batch[1, :21] - alone).abs().max() > 1e-3
+
+
+def test_their_feature_extractor_has_another_epsilon(tmp_path):
+    """Quiet audio becomes a little louder there than in fairseq; from what fairseq makes of it the logits are ours."""
+    path = finetuned(tmp_path, **MODELS["normalised audio"])
+    export_huggingface(load_ctc(path), tmp_path / "hf")
+    wave = utterances()[0][:1] * 0.05
+    theirs = processed(tmp_path / "hf", wave)["input_values"]
+    ratio = ((wave.var() + 1e-5) / (wave.var() + 1e-7)).sqrt()
+    torch.testing.assert_close(theirs, normalized(wave) * ratio, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        found = loaded(tmp_path / "hf")(normalized(wave)).logits
+    torch.testing.assert_close(found, load_ctc(path)(wave)[0], atol=1e-4, rtol=0)
 
 
 def dictionary_of(*symbols):
