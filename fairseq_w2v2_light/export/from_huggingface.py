@@ -7,7 +7,7 @@ other projects' formats, and may use `models`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compress.checkpoint import ctc_config, fresh_state
 from ..files import atomic_path
 from ..models.checkpoint import CTC_ENCODER, complete_model, require_finite_weights
-from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
+from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel
 from ..nn.config import EncoderConfig
 from ..runtime.checkpoint import PathLike
 from ..runtime.text import Labels
@@ -141,12 +141,10 @@ def from_huggingface(source: PathLike, target: PathLike) -> str:
             "checkpoint that it was made of"
         )
     family, kind = _architecture(config, where)
-    encoder = _encoder_section(config, family, where)
-    network = _network(encoder, where)
+    encoder = _encoder_section(config, family, kind, where)
     audio = _audio(source)
-    with torch.device("meta"):
-        model = W2V2LightModel(encoder)
-    weights, head = _our_weights(read_weights(source), network, family, kind, source)
+    model = _meta_model(encoder, where)
+    weights, head = _our_weights(read_weights(source), model.config, family, kind, source)
     fresh = _fill(weights, model, encoder, kind, source)
     require_finite_weights({**weights, **head}, str(source))
 
@@ -199,7 +197,7 @@ def _architecture(config: Mapping[str, Any], where: Path) -> Tuple[str, str]:
     return family, kind
 
 
-def _encoder_section(config: Mapping[str, Any], family: str, where: Path):
+def _encoder_section(config: Mapping[str, Any], family: str, kind: str, where: Path):
     """The model section of a pre-training run: our keys, complete."""
     _check_keys(config, family, where)
 
@@ -251,7 +249,7 @@ def _encoder_section(config: Mapping[str, Any], family: str, where: Path):
         return complete_model(keys, "stochastic_sew")
     # theirs always projects; stock fairseq only where the widths differ
     keys["project_features"] = convolutions[-1][0] == dim
-    if family == "wav2vec2":
+    if kind == "ForPreTraining":
         keys.update(
             final_dim=number("proj_codevector_dim"),
             latent_vars=number("num_codevectors_per_group"),
@@ -281,11 +279,11 @@ def _check_keys(config: Mapping[str, Any], family: str, where: Path) -> None:
     """Raises ValueError for the first key that is unknown, or has a value which our network does not have."""
     for key, expected in _REQUIRED.items():
         if config.get(key) not in expected:
-            raise ValueError(f"{where}: {key}: found {config[key]!r}, expected {expected[0]!r}: we have no other")
+            raise ValueError(f"{where}: {key}: found {_short(config[key])}, expected {expected[0]!r}: we have no other")
     checked = {"num_feat_extract_layers", "output_hidden_size", "vocab_size"}
     for key in config:
         if key not in _DEFAULTS and key not in _REQUIRED and key not in _IGNORED and key not in checked:
-            raise ValueError(f"{where}: '{key}': unknown key (value {config[key]!r}); it may change the network")
+            raise ValueError(f"{where}: '{key}': unknown key (value {_short(config[key])}); it may change the network")
     if family == "sew" and config.get("do_stable_layer_norm"):
         raise ValueError(f"{where}: do_stable_layer_norm: found true, but SEW has post-LN layers only")
     if family != "sew" and "squeeze_factor" in config:
@@ -325,10 +323,12 @@ def _share(config: Mapping[str, Any], key: str, where: Path) -> float:
     return float(value)
 
 
-def _network(encoder, where: Path) -> EncoderConfig:
+def _meta_model(encoder, where: Path) -> W2V2LightModel:
+    """The network without weights: names and shapes only."""
     try:
-        return network_config(encoder)
-    except ValueError as error:
+        with torch.device("meta"):
+            return W2V2LightModel(encoder)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{where}: describes no network that can be built: {error}") from error
 
 
@@ -447,7 +447,7 @@ def _label_notes(labels: HeadLabels, dictionary_file: Path) -> List[str]:
     return notes
 
 
-def _write(target: Path, state: Optional[Dict[str, Any]]) -> None:
+def _write(target: Path, state: Dict[str, Any]) -> None:
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
 

@@ -126,7 +126,7 @@ def _require_expressible(config: EncoderConfig, point: OperatingPoint, family: s
 def _tensors(model: CtcModel, point: OperatingPoint, family: str) -> Dict[str, Tensor]:
     """The weights by Hugging Face's names, in fp32, each in memory of its own."""
     config = model.config
-    own = {name: value.detach() for name, value in model.backbone.state_dict().items()}
+    own = {name: value for name, value in model.backbone.state_dict().items() if torch.is_tensor(value)}
     if family != "sew" and not config.projects:
         # theirs always has a projection; this one changes no bit
         own["post_extract_proj.weight"] = torch.eye(config.dim)
@@ -135,9 +135,9 @@ def _tensors(model: CtcModel, point: OperatingPoint, family: str) -> Dict[str, T
         blocks = model.backbone.encoder.upsample.blocks(point.squeeze) if family == "sew" else []
         for part in ("weight", "bias"):
             name = f"encoder.upsample.0.{part}"
-            value = own.pop(name).unflatten(0, (config.unsqueeze_factor, config.dim))
-            if blocks:
-                own[name] = value[blocks].flatten(0, 1)
+            value = own.pop(name, None)
+            if blocks and value is not None:
+                own[name] = value.unflatten(0, (config.unsqueeze_factor, config.dim))[blocks].flatten(0, 1)
     names = tensor_names(config, family)
     tensors = {f"{family}.{theirs}": own[ours] for theirs, ours in names.items() if ours in own}
     tensors.update({theirs: getattr(model.head, part, None) for theirs, part in HEAD.items()})
@@ -242,9 +242,10 @@ def _card(model: CtcModel, point: OperatingPoint, family: str, name: str) -> str
         notes.append("The label `|` is spelled as a space by transformers 5.")
     if model.normalize:
         notes.append(
-            "The feature extractor normalises an utterance with an epsilon of 1e-7, fairseq with 1e-5, which scales speech "
-            "with a standard deviation of 0.05 (samples -1 to 1) by 0.2 %, and quieter audio by more. For the numbers of "
-            "the original, pass `torch.nn.functional.layer_norm(wave, wave.shape)` of each utterance as `input_values`."
+            "The feature extractor normalises an utterance with an epsilon of 1e-7, fairseq with 1e-5: speech with a "
+            "standard deviation of 0.05 (samples -1 to 1) comes out 0.2 % louder, quieter audio more. For the "
+            "original's numbers, pass `torch.nn.functional.layer_norm(wave, wave.shape)` of each utterance as "
+            "`input_values`."
         )
     lines = [
         "---",

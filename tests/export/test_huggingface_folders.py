@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from tiny_checkpoints import finetuned, perturb
 
 from fairseq_w2v2_light.cli.main import main
@@ -222,6 +223,10 @@ sys.exit(main(["export", {path!r}, {str(tmp_path / "hf")!r}, "--format", "hf"]))
         (dict(hidden_size="32"), "hidden_size: found '32', expected a number from 1"),
         (dict(hidden_size=True), "hidden_size: found True"),
         (dict(hidden_size=10**12), "hidden_size: found 1000000000000, expected a number from 1 to 1,000,000"),
+        (
+            dict(hidden_size=10**6, intermediate_size=10**6, num_conv_pos_embeddings=10**6, num_attention_heads=1),
+            "expected rows of hidden_size=1000000",
+        ),
         (dict(num_hidden_layers=10**9), "num_hidden_layers: found 1000000000, expected a number from 1 to 1,000"),
         (dict(num_hidden_layers=3), "parameter 'wav2vec2.encoder.layers.2.attention.q_proj.weight'"),
         (dict(num_hidden_layers=1), "parameter 'wav2vec2.encoder.layers.1.attention.k_proj.bias' has no place"),
@@ -396,6 +401,42 @@ def lying_header(folder):
 def test_weights_that_are_not_whole(folder, tmp_path, broken, message):
     broken(folder)
     assert message in refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "became", "keys"),
+    [("wav2vec2", "w2v2_light", {}), ("hubert", "w2v2_light", {}), ("sew", "stochastic_sew", SEW)],
+)
+def test_fairseq_loads_what_became_of_a_folder(tmp_path, family, became, keys):
+    """A CTC model, and its encoder alone, whose heads of pre-training and mask vector start anew."""
+    model, folder = tiny_model(**keys), tmp_path / "model"
+    export_huggingface(model, folder)
+    source = json.loads((folder / "config.json").read_text())["model_type"]
+    tensors = {name.replace(f"{source}.", f"{family}.", 1): value for name, value in tensors_of(folder).items()}
+    classes = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "sew": "SEW"}
+    edit(folder / "config.json", model_type=family, architectures=[f"{classes[family]}ForCTC"])
+    save_tensors(tensors, folder / "model.safetensors")
+    from_huggingface(folder, tmp_path / "ctc.pt")
+
+    encoder = {name[len(family) + 1 :]: value for name, value in tensors.items() if name.startswith(family)}
+    edit(folder / "config.json", architectures=[f"{classes[family]}Model"])
+    save_tensors(encoder, folder / "model.safetensors")
+    summary = from_huggingface(folder, tmp_path / "encoder.pt")
+    assert "new: quantizer, project_q, final_proj, mask_emb" in summary
+
+    wave = torch.randn(2, 700)
+    (ctc,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "ctc.pt")])
+    (alone,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "encoder.pt")])
+    assert task.target_dictionary.symbols == SYMBOLS and cfg.model._name == became
+    with torch.no_grad():
+        logits = ctc.eval()(source=wave, padding_mask=None)["encoder_out"].transpose(0, 1)
+        frames = alone.eval().extract_features(wave)["x"]
+    torch.testing.assert_close(logits, model(wave)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.head(frames), model(wave)[0], atol=1e-5, rtol=0)
+    # new weights are a function of nothing but the seed
+    from_huggingface(folder, tmp_path / "again.pt")
+    first, again = (torch.load(tmp_path / f"{name}.pt", map_location="cpu")["model"] for name in ("encoder", "again"))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 def test_half_precision_weights_become_fp32(folder, tmp_path):
