@@ -41,6 +41,7 @@ _MOST_LAYERS = 1000
 _LARGEST = 1_000_000
 _SEED = 1
 _MASK = "masked_spec_embed"
+_PRETRAINING_CRITERION = {"_name": "light_contrastive"}
 # the heads of Wav2Vec2ForPreTraining, theirs: ours
 _PRETRAINING = {
     "quantizer.codevectors": "quantizer.vars",
@@ -149,36 +150,53 @@ def from_huggingface(source: PathLike, target: PathLike) -> str:
     require_finite_weights({**weights, **head}, str(source))
 
     task = {"_name": "audio_pretraining", "data": "", **audio}
-    encoder_cfg = OmegaConf.create({"common": {"seed": _SEED}, "task": task, "model": encoder})
-    what = f"{FAMILIES[family]}{kind}"
-    if kind != "ForCTC":
-        cfg = {**OmegaConf.to_container(encoder_cfg, enum_to_str=True), "criterion": {"_name": "light_contrastive"}}
+    run = {"common": {"seed": _SEED}, "task": task, "model": encoder}
+    if kind == "ForCTC":
+        labels = read_labels(source, config, _rows(config, head, where))
+        state, notes = _write_ctc(target, run, weights, head, labels, _share(config, "final_dropout", where))
+        became = "light_ctc"
+    else:
+        cfg = {**OmegaConf.to_container(OmegaConf.create(run), enum_to_str=True), "criterion": _PRETRAINING_CRITERION}
         _write(target, fresh_state(cfg, weights, {}))
-        notes = [f"new: {', '.join(fresh)}"] if fresh else []
-        return _summary(source, what, target, encoder._name, weights, notes)
+        state, notes, became = weights, [f"new: {', '.join(fresh)}"] if fresh else [], encoder._name
+    values = sum(value.numel() for value in state.values())
+    what = f"{source} ({FAMILIES[family]}{kind}) -> {target} ({became})"
+    return "\n".join([f"{what}: {len(state)} tensors, {values:,} values", *notes])
 
+
+def _rows(config: Mapping[str, Any], head: Mapping[str, Tensor], where: Path) -> int:
+    """How many labels the head has."""
     rows = len(head["bias"])
     if config.get("vocab_size", rows) != rows:
         raise ValueError(f"{where}: vocab_size: found {config['vocab_size']!r}, but lm_head has {rows} rows")
-    labels = read_labels(source, config, rows)
+    return rows
+
+
+def _write_ctc(
+    target: Path, run: Dict[str, Any], weights: Mapping[str, Tensor], head, labels: HeadLabels, final_dropout: float
+) -> Tuple[Dict[str, Tensor], List[str]]:
+    """Writes a light_ctc checkpoint and its dictionary; returns its state dict, and what the user should know.
+
+    run: the configuration of the encoder's run. head: the CTC projection with the folder's rows.
+    """
     dictionary = Dictionary()
     for symbol in labels.symbols[len(dictionary) :]:
         dictionary.add_symbol(symbol)
     extension = {"letter": "ltr", "sentencepiece": "spm", "word": "wrd"}[Labels(labels.symbols).kind]
-    run = {
-        "common": {"seed": _SEED},
+    finetuning = {
+        "common": run["common"],
         "criterion": {"_name": "ctc"},
-        "task": {"_name": "audio_ctc", "labels": extension, **audio},
-        "model": {"final_dropout": _share(config, "final_dropout", where)},
+        "task": {**run["task"], "_name": "audio_ctc", "labels": extension},
+        "model": {"final_dropout": final_dropout},
     }
-    cfg = ctc_config(OmegaConf.create(run), encoder_cfg)
     state = {f"{CTC_ENCODER}{name}": value for name, value in weights.items()}
     state.update({f"w2v_encoder.proj.{part}": value for part, value in _permuted(head, labels).items()})
-    dictionary_file = target.with_name(f"{target.stem}.dict.{extension}.txt")
+    cfg = ctc_config(OmegaConf.create(finetuning), OmegaConf.create(run))
     _write(target, fresh_state(cfg, state, {"target_dictionary": dictionary}))
+    dictionary_file = target.with_name(f"{target.stem}.dict.{extension}.txt")
     with atomic_path(dictionary_file) as temporary:
         dictionary.save(str(temporary))
-    return _summary(source, what, target, "light_ctc", state, _label_notes(labels, dictionary_file))
+    return state, _label_notes(labels, dictionary_file)
 
 
 def _architecture(config: Mapping[str, Any], where: Path) -> Tuple[str, str]:
@@ -450,12 +468,6 @@ def _label_notes(labels: HeadLabels, dictionary_file: Path) -> List[str]:
 def _write(target: Path, state: Dict[str, Any]) -> None:
     with atomic_path(target) as temporary:
         torch.save(state, temporary)
-
-
-def _summary(source, what: str, target, became: str, weights: Mapping[str, Tensor], notes: List[str]) -> str:
-    values = sum(value.numel() for value in weights.values())
-    line = f"{source} ({what}) -> {target} ({became}): {len(weights)} tensors, {values:,} values"
-    return "\n".join([line, *notes])
 
 
 def _short(value: Any) -> str:
