@@ -87,7 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=["base", "sew", "large"], help="some of base, sew, large")
     parser.add_argument("--smoke", action="store_true", help="one layer each")
+    parser.add_argument("--threads", type=int, help="for torch (default: its own choice)")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     print("| model | M parameters | batch 1 | padded | batch and alone | and back | largest logit |")
     print("|---|---|---|---|---|---|---|")
     for kind in args.models:
