@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,6 +24,14 @@ def test_streaming_prints_its_table():
     assert 0 < float(measured["real-time factor, one stream"])
     assert float(measured["4 streams as a batch, of one stream"].split()[0]) > 0
     assert any(name.startswith("0.4 minutes") and "words in" in name for name in measured)
+
+
+def test_huggingface_prints_its_table():
+    pytest.importorskip("transformers", reason="Hugging Face's classes: pip install transformers")
+    rows = {row[0]: [float(cell) for cell in row[1:]] for row in smoke("huggingface.py")[1:]}
+    assert sorted(rows) == ["base (Wav2Vec2ForCTC)", "large (Wav2Vec2ForCTC)", "sew (SEWForCTC)"]
+    for alone, padded, by_batch, back in (row[1:5] for row in rows.values()):
+        assert max(alone, padded, back) <= 1e-4 and by_batch >= 0
 
 
 def test_inference_compares_the_same_network():

@@ -21,7 +21,10 @@ VERBS = {
     "user-dir": ("user_dir", "print the absolute path for fairseq's common.user_dir"),
     "config-dir": ("config_dir", "print the absolute path of the recipes, for fairseq's --config-dir"),
     "prepare": ("prepare", "make manifests, labels and a dictionary from audio and transcripts"),
-    "convert": ("convert", "turn a fairseq wav2vec 2.0 checkpoint into a w2v2_light one"),
+    "convert": (
+        "convert",
+        "turn a fairseq checkpoint or a Hugging Face folder into a checkpoint of ours",
+    ),
     "student": ("student", "make a small model with layers of a large one, to distil into"),
     "prune": ("prune", "remove what the gates of a checkpoint closed, and write a smaller one that computes the same"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
