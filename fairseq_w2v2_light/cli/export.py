@@ -12,7 +12,11 @@ def add_arguments(parser) -> None:
         default="folder",
         help="folder: for `w2v2-light transcribe` and the Python runtime, which need no fairseq (default)",
     )
-    parser.add_argument("--dtype", default="float32", help="of the stored weights: float32 (default), bfloat16")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the stored weights: float32 (default), bfloat16, int8 (see `w2v2-light quantize`)",
+    )
     parser.add_argument("--dictionary", help="dict.ltr.txt, for a checkpoint that holds no labels")
     parser.add_argument("--sentencepiece", help="the labels' sentencepiece model, to be kept with them")
 

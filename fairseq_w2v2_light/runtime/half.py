@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.activations import get_activation
 from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
-from ..nn.frontend import ConvBlock, windows
 from ..nn.gating import NO_LAYER_GATES, LayerGates
-from ..nn.positions import WeightNormConv1d
-from .pack import FrozenPositions
+from .pack import PackedConv1d, PackedFrontend, PackedPositions
+from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
 # what Linux calls the instructions: Intel's and AMD's, Arm's
@@ -42,23 +42,28 @@ def multiplies_bfloat16() -> bool:
 
 
 class HalfLinear(nn.Module):
-    """nn.Linear for inference in bfloat16 on a CPU: any floats in, `dtype` out; `rows`: see runtime/pack.py."""
+    """nn.Linear for inference in bfloat16 on a CPU, with a GELU behind it or without: any floats in, `dtype` out.
 
-    def __init__(self, weight: Tensor, bias: Optional[Tensor], rows: int, dtype: torch.dtype = torch.float32):
+    rows: how many frames it will mostly see.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int, dtype: torch.dtype = torch.float32, gelu: bool = False):
         super().__init__()
-        self.dtype = dtype
-        weight = weight.detach().to(HALF).contiguous()
-        self.packs = _can_pack()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packs else weight
-        self.bias = None if bias is None else bias.detach().to(HALF)
+        self.dtype, self.gelu = dtype, gelu
+        weight = linear.weight.detach().to(HALF).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if _can_pack() else None
+        self.weight = weight if self.packed is None else None
+        self.bias = None if linear.bias is None else linear.bias.detach().to(HALF)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         x = x.to(HALF)
-        if self.packs:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
+        if self.packed is None:
             y = F.linear(x, self.weight, self.bias)
+            y = F.gelu(y) if self.gelu else y
+        else:
+            activation = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *activation)
         return y.to(self.dtype)
 
 
@@ -68,52 +73,48 @@ def _can_pack() -> bool:
     x, weight = torch.randn(3, 8).to(HALF), torch.randn(4, 8).to(HALF)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        return torch.allclose(y.float(), F.linear(x.float(), weight.float()), atol=0.1)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "gelu", [], "none")
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
+    return torch.allclose(y.float(), F.gelu(F.linear(x.float(), weight.float())), atol=0.1)
 
 
-class HalfConvBlock(nn.Module):
-    """ConvBlock whose convolution is a product in bfloat16, (batch, channel, time) with the channels innermost.
+class HalfConv1d(PackedConv1d):
+    """PackedConv1d in bfloat16: any floats in, `dtype` out."""
 
-    first: the block that reads samples; its convolution stays in fp32. The GELU is in bfloat16; last: but not that of
-    the block whose output leaves the frontend.
+    def __init__(self, conv: PackedConv1d, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.register_buffer("weight", conv.weight.to(HALF), persistent=False)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.to(HALF), persistent=False)
+        self._padding, self._groups, self._gelu = conv._padding, conv._groups, conv._gelu
+        self._packed = {}
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+        """(batch, time, in channel) -> (batch, frames, channel)"""
+        return super().forward(x.to(HALF), stride).to(self.dtype)
+
+
+def half_conv(conv: PackedConv1d, rows: int, dtype: torch.dtype = torch.float32) -> PackedConv1d:
+    """`conv` in bfloat16; in fp32, as it was, where this torch has no such convolution or computes it wrong.
+
+    oneDNN 3.12 does, without a word, with few channels in a group and a long kernel: 12 channels and 128 taps, for one.
+    rows: how many frames it will mostly see.
     """
-
-    def __init__(self, block: ConvBlock, rows: int, first: bool, last: bool):
-        super().__init__()
-        conv = block[0]
-        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
-        self.conv = conv if first else HalfLinear(conv.weight.transpose(1, 2).flatten(1), conv.bias, rows, HALF)
-        self.norm = block[2] if len(block) == 4 else None
-        self.dtype = torch.float32 if last else HALF
-
-    def forward(self, x: Tensor, lengths: Optional[Tensor] = None, gate: Optional[Tensor] = None) -> Tensor:
-        """(batch, in channel, time) -> (batch, channel, time); `lengths` (batch,): the valid frames after it."""
-        if isinstance(self.conv, HalfLinear):
-            x = self.conv(windows(x, self.kernel, self.stride)).transpose(1, 2)
-        else:
-            x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x, lengths)
-        return F.gelu(x.transpose(1, 2).to(self.dtype).contiguous()).transpose(1, 2)
-
-
-class HalfPositions(nn.Module):
-    """WeightNormConv1d in bfloat16: any floats in, fp32 out."""
-
-    def __init__(self, conv: WeightNormConv1d):
-        super().__init__()
-        # in a list: no child, which packing would replace
-        self._conv = [FrozenPositions(conv).to(HALF)]
-        self.kernel, self.causal = conv.kernel, conv.causal
-
-    def forward(
-        self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None, gate: Optional[Tensor] = None
-    ) -> Tensor:
-        """(batch, channel, time) -> (batch, channel, ceil(time / stride))"""
-        return self._conv[0](x.to(HALF), stride, None if past is None else past.to(HALF)).float()
+    half = HalfConv1d(conv, dtype)
+    channels, kernel = conv.weight.size(1) * conv._groups, conv.weight.size(3)
+    generator = torch.Generator().manual_seed(0)
+    for frames in (kernel, kernel + rows):
+        x = torch.randn(1, frames, channels, generator=generator)
+        expected = conv(x)
+        try:
+            error = half(x).float() - expected
+        except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+            return conv
+        # rounding leaves 0.3 %
+        if not bool(error.square().mean() <= 1e-3 * expected.square().mean()):
+            return conv
+    return half
 
 
 class HalfAttention(MultiheadAttention):
@@ -133,8 +134,8 @@ class HalfAttention(MultiheadAttention):
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
         gates: LayerGates = NO_LAYER_GATES,
-    ):
-        # the memory of a stream is fp32
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        # what a stream remembers is fp32
         memory = KeyValue(None if memory.key is None else memory.key.to(HALF), memory.value.to(HALF))
         return super().attend(query, memory, key_mask, attention_map, return_map, gates)
 
@@ -143,36 +144,38 @@ class HalfAttention(MultiheadAttention):
 
 
 def half_around_(backbone: Backbone, rows: int) -> None:
-    """Makes frontend, positions and attention compute in bfloat16, in place, and leaves the Linears as they are."""
+    """Makes attention, and what is packed of frontend and positions, compute in bfloat16, in place.
+
+    The first layer of the frontend, which hears samples, stays in fp32, and so do all Linears that do.
+    """
     frontend, encoder = backbone.feature_extractor, backbone.encoder
-    blocks, last = frontend.conv_layers, len(frontend.conv_layers) - 1
-    frames = rows
-    for index in range(last, -1, -1):
-        stride = blocks[index][0].stride[0]
-        blocks[index] = HalfConvBlock(blocks[index], frames, index == 0, index == last)
-        frames *= stride
-    encoder.pos_conv[0] = HalfPositions(encoder.pos_conv[0])
     for layer in encoder.layers:
         if layer.self_attn is not None:
             layer.self_attn = HalfAttention(layer.self_attn)
+    if isinstance(frontend, PackedFrontend):
+        last = len(frontend.conv_layers) - 1
+        for index, layer in enumerate(frontend.conv_layers):
+            if index > 0:
+                layer.conv = half_conv(layer.conv, rows, torch.float32 if index == last else HALF)
+    if isinstance(encoder.pos_conv, PackedPositions):
+        encoder.pos_conv.conv = half_conv(encoder.pos_conv.conv, rows)
 
 
 def half_linears_(backbone: Backbone, rows: int) -> None:
     """Makes the Linears of a network compute in bfloat16, in place."""
     encoder = backbone.encoder
     if backbone.post_extract_proj is not None:
-        backbone.post_extract_proj = _half(backbone.post_extract_proj, rows)
+        backbone.post_extract_proj = HalfLinear(backbone.post_extract_proj, rows)
     if encoder.upsample is not None:
-        encoder.upsample[0] = _half(encoder.upsample[0], rows)
+        encoder.upsample = WholeUnsqueeze(encoder.upsample, HalfLinear(encoder.upsample[0], rows))
     for layer in encoder.layers:
         attention = layer.self_attn
         if attention is not None:
             for name in ("q_proj", "k_proj", "v_proj"):
-                setattr(attention, name, _half(getattr(attention, name), rows, HALF))
-            attention.out_proj = _half(attention.out_proj, rows)
+                setattr(attention, name, HalfLinear(getattr(attention, name), rows, HALF))
+            attention.out_proj = HalfLinear(attention.out_proj, rows)
         if layer.fc1 is not None:
-            layer.fc1, layer.fc2 = _half(layer.fc1, rows, HALF), _half(layer.fc2, rows)
-
-
-def _half(linear: nn.Linear, rows: int, dtype: torch.dtype = torch.float32) -> HalfLinear:
-    return HalfLinear(linear.weight, linear.bias, rows, dtype)
+            gelu = layer.activation is F.gelu
+            layer.fc1 = HalfLinear(layer.fc1, rows, HALF, gelu)
+            layer.fc2 = HalfLinear(layer.fc2, rows)
+            layer.activation = get_activation("linear") if gelu else layer.activation

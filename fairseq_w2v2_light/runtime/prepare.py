@@ -11,13 +11,13 @@ DTYPES = ("auto", "float32", "bfloat16", INT8)
 
 
 def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500) -> str:
-    """Lays a model out for fast inference on this CPU, in place, and returns the dtype that its products have.
+    """Lays a model out for fast inference on this CPU, in place, and returns the dtype of its products.
 
-    dtype: "auto" is the one that the weights are stored in (of bfloat16 ones only where the CPU multiplies bfloat16,
-    else float32); "int8" quantises a model that is not yet; "float32" and "bfloat16" run an int8 model with the weights
-    that its integers stand for. rows: how many frames a call will mostly see. What int8 leaves (convolutions, attention)
-    is computed in bfloat16 where the CPU has it. A prepared model runs at every operating point and in streams, but can
-    be neither saved, trained, moved nor prepared again. One with gates stays in fp32 as it is.
+    dtype: "auto" is the one that the weights are stored in (bfloat16 only where the CPU multiplies it, else float32);
+    "int8" also quantises a model of floats; "float32" and "bfloat16" run an int8 one with the weights that its integers
+    stand for. rows: how many frames a call will mostly see. What int8 leaves, convolutions and attention, is computed
+    in bfloat16 where the CPU has it. A prepared model runs at every operating point and in streams, but can be neither
+    saved, trained, moved nor prepared again. One with gates stays in fp32 as it is.
 
     Raises ValueError for an unknown dtype, bfloat16 on a CPU without it, NaN or infinite weights to quantise, and, but
     for float32, a model with gates.
@@ -42,9 +42,9 @@ def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500) -> str:
         dequantize_(model)
     if chosen == "bfloat16":
         half_linears_(model.backbone, rows)
+    pack_(model, rows)
     if chosen == "bfloat16" or chosen == INT8 and multiplies_bfloat16():
         half_around_(model.backbone, rows)
-    pack_(model, rows)
     model.prepared = True
     return chosen
 

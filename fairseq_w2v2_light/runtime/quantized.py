@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.gates import Gates
+from ..nn.squeeze import Unsqueeze
 from .ctc import CtcModel, require_finite
+from .unsqueeze import WholeUnsqueeze
 
 INT8 = "int8"
 # of a weight: symmetric, so that no sum of two products of bytes leaves 16 bits at 127 levels of the activations
@@ -220,21 +222,21 @@ def quantize_(model: CtcModel) -> CtcModel:
         raise ValueError("the model is quantised already")
     require_no_gates(model, "quantised")
     require_finite(model, "quantize")
-    _replace(model.backbone, nn.Linear, QuantizedLinear.of)
+    _replace(model.backbone, QuantizedLinear.of)
     model.stored_dtype = INT8
     return model
 
 
 def shape_quantized_(model: CtcModel) -> CtcModel:
     """As `quantize_`, of a model without values (on the meta device): the names and dtypes of a quantised one."""
-    _replace(model.backbone, nn.Linear, QuantizedLinear.like)
+    _replace(model.backbone, QuantizedLinear.like)
     model.stored_dtype = INT8
     return model
 
 
 def dequantize_(model: CtcModel) -> CtcModel:
     """Turns int8 weights into the fp32 ones that they stand for, in place; returns the model."""
-    _replace(model.backbone, QuantizedLinear, QuantizedLinear.dequantized)
+    _restore(model.backbone)
     model.stored_dtype = "float32"
     return model
 
@@ -255,10 +257,26 @@ def require_no_gates(model: nn.Module, purpose: str) -> None:
         )
 
 
-def _replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Puts `make(child)` in the place of every child of a kind, however deep."""
+def _replace(module: nn.Module, make: Callable[[nn.Linear], QuantizedLinear]) -> None:
+    """Puts `make(linear)` in the place of every Linear, however deep."""
     for name, child in module.named_children():
-        if isinstance(child, kind):
+        if isinstance(child, nn.Linear):
             setattr(module, name, make(child))
+        elif isinstance(child, Unsqueeze):
+            setattr(module, name, WholeUnsqueeze(child, make(child[0])))
         else:
-            _replace(child, kind, make)
+            _replace(child, make)
+
+
+def _restore(module: nn.Module) -> None:
+    """Undoes `_replace`."""
+    for name, child in module.named_children():
+        if isinstance(child, QuantizedLinear):
+            setattr(module, name, child.dequantized())
+        elif isinstance(child, WholeUnsqueeze):
+            with torch.device("meta"):
+                unsqueeze = Unsqueeze(child.dim, child.factor, child.residual)
+            unsqueeze[0] = child.linear.dequantized()
+            setattr(module, name, unsqueeze)
+        else:
+            _restore(child)
