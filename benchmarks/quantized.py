@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Optional
 
 import torch
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
@@ -22,13 +23,14 @@ from torch import nn
 
 from fairseq_w2v2_light.nn.config import encoder_config_from
 from fairseq_w2v2_light.runtime.folder import WEIGHTS, read_folder, write_folder
-from fairseq_w2v2_light.runtime.half import multiplies_bfloat16
+from fairseq_w2v2_light.runtime.half import multiplies_bfloat16, multiplies_tiles
 from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS, CtcModel
 from fairseq_w2v2_light.runtime.prepare import prepare_
 from fairseq_w2v2_light.runtime.quantized import best_method, quantize_
 from fairseq_w2v2_light.study.cost import load_subject
 
 SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+INTEGERS = "int8, 8-bit activations"
 SPEEDUP, LARGEST_MIB = 1.8, 340
 SMOKE = dict(recipe="pretraining/w2v2_light_tiny", seconds=1.0, repeats=2)
 
@@ -54,7 +56,8 @@ def main() -> int:
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; {args.recipe}"
     )
     print(f"without sharing: {parameters:,} parameters; {args.seconds:g} s of audio, {args.repeats} runs each in turn")
-    print(f"int8: {best_method().name}; bfloat16: {'native' if multiplies_bfloat16() else 'not on this CPU'}\n")
+    native = "AMX" if multiplies_tiles() else "native" if multiplies_bfloat16() else "not on this CPU"
+    print(f"8-bit activations: {best_method().name}; bfloat16: {native}\n")
 
     runs = {"fairseq float32": stock(keys, model)}
     sizes = {"fairseq float32": 4 * parameters / 2**20}
@@ -66,6 +69,9 @@ def main() -> int:
             sizes[dtype] = (Path(folder) / dtype / WEIGHTS).stat().st_size / 2**20
             if dtype != "bfloat16" or multiplies_bfloat16():
                 runs[dtype] = ours(Path(folder) / dtype, round(50 * args.seconds))
+        if multiplies_tiles():
+            runs[INTEGERS] = ours(Path(folder) / "int8", round(50 * args.seconds), integers=True)
+            sizes[INTEGERS] = sizes["int8"]
     del model
     wave = torch.randn(1, round(args.seconds * 16000))
     with torch.inference_mode():
@@ -97,10 +103,10 @@ def stock(keys, model: CtcModel):
     return lambda wave: head(theirs(wave, mask=False, features_only=True)["x"])
 
 
-def ours(folder: Path, rows: int):
+def ours(folder: Path, rows: int, integers: Optional[bool] = None):
     """The model in a folder, as a function from waveform to logits."""
     model = read_folder(folder)
-    prepare_(model, rows=rows)
+    prepare_(model, rows=rows, integers=integers)
     return lambda wave: model(wave)[0]
 
 
@@ -131,7 +137,9 @@ def show(seconds, sizes, logits, limits: bool) -> int:
     if not limits:
         return 0
     missed = [
-        f"{name} speed" for name in ("int8", "bfloat16") if name in median and median[first] < SPEEDUP * median[name]
+        f"{name} speed"
+        for name in ("int8", INTEGERS, "bfloat16")
+        if name in median and median[first] < SPEEDUP * median[name]
     ]
     missed += [] if sizes["int8"] <= LARGEST_MIB else ["int8 size"]
     print(f"\nlimits: {f'missed by {missed}' if missed else 'met'}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Optional, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +23,32 @@ from .pack import PackedConv1d, PackedFrontend, PackedPositions
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
-# what Linux calls the instructions: Intel's and AMD's, Arm's
-_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+_INTEL = ("x86_64", "amd64")
 
 
 @functools.lru_cache(maxsize=None)
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16; without, they are several times slower than fp32."""
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        check = getattr(torch.cpu, name, None)  # not in torch 2.1
-        if check is not None and platform.machine().lower() in ("x86_64", "amd64") and check():
-            return True
+    # Linux's names of Intel's and AMD's, and Arm's
+    return multiplies_tiles() or _has("_is_avx512_bf16_supported", {"avx512_bf16", "bf16"})
+
+
+@functools.lru_cache(maxsize=None)
+def multiplies_tiles() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16 (AMX), as fast as it multiplies bytes but for their rounding."""
+    return _has("_is_amx_tile_supported", {"amx_bf16"})
+
+
+def _has(check: str, flags: Set[str]) -> bool:
+    """Whether torch, or Linux, says so of this CPU."""
+    supported = getattr(torch.cpu, check, None)  # not in torch 2.1
+    if supported is not None and platform.machine().lower() in _INTEL:
+        return bool(supported())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").lower().splitlines()
     except OSError:
         return False
-    return any(line.startswith(("flags", "features")) and _FLAGS & set(line.split()) for line in lines)
+    return any(line.startswith(("flags", "features")) and flags & set(line.split()) for line in lines)
 
 
 class HalfLinear(nn.Module):
