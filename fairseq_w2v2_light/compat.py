@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 import runpy
 import shutil
@@ -238,6 +239,36 @@ def run_infer(argv: List[str], adapt_task: Callable[[Callable], Callable]) -> No
         # infer.yaml is written for hydra 1.0; later ones say so at length at every start.
         warnings.filterwarnings("ignore", message=r"(?s).*hydra\.cc/docs/.*/upgrades/")
         runpy.run_path(str(script), run_name="__main__")
+
+
+@contextlib.contextmanager
+def mended_kenlm_decoder() -> Iterator[None]:
+    """Within it fairseq's KenLMDecoder decodes without a lexicon, too (decoding.unitlm=true).
+
+    Both versions give such hypotheses an empty list of words, which infer takes for their text. 0.12.2 also numbers the
+    labels for the language model as a hash table has them, not as the dictionary does.
+    """
+    make_examples_importable()
+    decoders = importlib.import_module("examples.speech_recognition.new.decoders.flashlight_decoder")
+    from flashlight.lib.text.dictionary import Dictionary as WordDictionary
+
+    class KenLMDecoder(decoders.KenLMDecoder):
+        def decode(self, emissions):
+            hypotheses = super().decode(emissions)
+            if not hasattr(self, "trie"):
+                for hypothesis in itertools.chain.from_iterable(hypotheses):
+                    del hypothesis["words"]
+            return hypotheses
+
+    def create_word_dict(lexicon):
+        words = WordDictionary()
+        for word in [*lexicon, *([] if "<unk>" in lexicon else ["<unk>"])]:
+            words.add_entry(word)
+        words.set_default_index(words.get_index("<unk>"))
+        return words
+
+    with _replaced(decoders, KenLMDecoder=KenLMDecoder, create_word_dict=create_word_dict):
+        yield
 
 
 def hydra_arguments(argv: List[str]) -> argparse.Namespace:

@@ -27,7 +27,11 @@ VERBS = {
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "quantize": ("quantize", "write a fine-tuned model as a model folder with int8 weights: smaller and faster"),
+    "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
+    "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
+    "lm": ("lm", "make an n-gram language model of a small text, as an ARPA file"),
+    "tune-lm": ("tune_lm", "find the weights of a language model on a development set"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }
 

@@ -30,7 +30,7 @@ def squeeze(
     positions hear (None: zeros), `gate` (channel,) that of their channels.
     """
     pooled = mean_pool(x, factor, mask, drop_tail)
-    return pooled + positions(x, factor, past, gate)[:, : pooled.size(1)]
+    return pooled + positions(x, factor, past, gate).narrow(1, 0, pooled.size(1))
 
 
 class Unsqueeze(nn.Sequential):
@@ -92,5 +92,5 @@ class Unsqueeze(nn.Sequential):
         y = y.unflatten(-1, (factor, self.dim))
         if self.residual:
             y = y + x.unsqueeze(2)
-        y = y.flatten(1, 2)[:, :time]
-        return F.pad(y, (0, 0, 0, time - y.size(1)))
+        # a factor more than may be missing, so that nothing depends on how many are
+        return F.pad(y.flatten(1, 2), (0, 0, 0, factor)).narrow(1, 0, time)

@@ -4,12 +4,14 @@ How the audio is cut into blocks changes no sample. Where the rate differs from 
 resampled as a stream by the package soxr; without it that is an error.
 """
 
+import io
 import logging
 import math
 import select
+import tempfile
 import time
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterable, Iterator, Union
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, Union
 
 import numpy as np
 import soundfile
@@ -19,10 +21,19 @@ _FULL_SCALE = 32768
 # integers of 32 bits that nobody scaled; the square of 2**64 is beyond float32
 _LARGEST_SAMPLE = 2.0**31
 _LARGEST_READ = 1 << 20
+_MOST_CHANNELS = 32
+_LOWEST_RATE, _HIGHEST_RATE = 1000, 10_000_000
+# what libsndfile says where a header does not know
+_UNKNOWN_FRAMES = 2**62
+_HEADER_BYTES = 4
 # Raw samples start with one of these by an accident of 1 in 2**32 at most.
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
+_HEADERS.update({b"ID3\x03": "MP3", b"ID3\x04": "MP3"})
 
 _log = logging.getLogger(__name__)
+
+# one channel: floats in [-1, 1] or 16-bit integers; a torch tensor will do
+Samples = Union[np.ndarray, Sequence[float], Any]
 
 
 class Pace:
@@ -65,23 +76,76 @@ def check_audio(path: Union[str, Path]) -> None:
         _open(path).close()
 
 
-def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int) -> Iterator[np.ndarray]:
+def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int, name: str = "") -> Iterator[np.ndarray]:
     """Reads an audio file of any format, rate and number of channels that libsndfile knows, block by block.
 
     Returns an iterator over (time,) float32 at `sample_rate` Hz: channels averaged, 16-bit samples divided by 32768,
-    `block_seconds` a block (the last is shorter; resampled ones vary). Raises FileNotFoundError, and ValueError for
-    what is not audio and for another rate where soxr is missing, both at once; ValueError while reading for samples
-    that are NaN, infinite or huge or cannot be decoded.
+    `block_seconds` a block (the last is shorter; resampled ones vary). name: of the file in messages (empty: its path).
+    Raises FileNotFoundError, and ValueError for what is not audio and for another rate where soxr is missing, both at
+    once; ValueError while reading for samples that are NaN, infinite or huge or cannot be decoded.
     """
+    name = name or str(path)
     block = block_length(block_seconds, sample_rate)
-    file = _open(path)
+    file = _open(path, name)
     try:
+        _check_rate(file.samplerate, name)
         if file.samplerate != sample_rate:
             block = block_length(block_seconds, file.samplerate)
-        return resampled_blocks(_file_blocks(file, path, block), file.samplerate, sample_rate, str(path))
+        block = max(1, min(block, _LARGEST_READ // file.channels))
+        return resampled_blocks(_file_blocks(file, name, block), file.samplerate, sample_rate, name)
     except ValueError:
         file.close()
         raise
+
+
+def array_blocks(
+    samples: Samples, rate: int, block_seconds: float, sample_rate: int, name: str = "samples"
+) -> Iterator[np.ndarray]:
+    """Gives (n,) or (n, channels) samples of `rate` Hz block by block, as `wav_blocks` does those of a file.
+
+    Raises ValueError at once for another shape or type, NaN, infinite and huge samples.
+    """
+    shape = tuple(np.shape(samples))
+    if len(shape) == 2 and 1 <= shape[1] <= _MOST_CHANNELS:
+        columns = [as_samples(samples[:, channel], name) for channel in range(shape[1])]
+        samples = sum(columns) / np.float32(shape[1])
+    elif len(shape) == 2:
+        raise ValueError(f"{name}: found shape {shape}; expected (n,) or (n, channels)")
+    samples = as_samples(samples, name)
+    _check_rate(rate, name)
+    block = block_length(block_seconds, rate)
+    blocks = (samples[start : start + block] for start in range(0, len(samples), block))
+    return resampled_blocks(blocks, rate, sample_rate, name)
+
+
+def stream_blocks(
+    stream: BinaryIO,
+    block_seconds: float,
+    sample_rate: int,
+    stream_rate: int = 0,
+    name: str = "standard input",
+    note: Callable[[str], None] = _log.warning,
+) -> Iterator[np.ndarray]:
+    """Reads a binary stream of raw PCM, as `pcm_blocks` does, or one that holds an audio file, as `wav_blocks` does.
+
+    A file is first copied to a temporary one, as libsndfile moves about in it. stream_rate: Hz of raw PCM. Raises
+    ValueError as those do.
+    """
+    start = b""
+    for data in _available(stream, _HEADER_BYTES):
+        start += data
+        if len(start) >= _HEADER_BYTES:
+            break
+    rest = _Prepended(start, stream)
+    if start[:_HEADER_BYTES] not in _HEADERS:
+        block = block_length(block_seconds, stream_rate or sample_rate)
+        yield from pcm_blocks(rest, block, sample_rate, stream_rate, name, note)
+        return
+    with tempfile.NamedTemporaryFile(prefix="w2v2-light-") as copy:
+        for data in _available(rest, _LARGEST_READ):
+            copy.write(data)
+        copy.flush()
+        yield from wav_blocks(copy.name, block_seconds, sample_rate, name)
 
 
 def pcm_blocks(
@@ -137,35 +201,93 @@ def block_length(seconds: float, sample_rate: int) -> int:
     return max(1, round(seconds * sample_rate))
 
 
-def _open(path: Union[str, Path]) -> soundfile.SoundFile:
+def duration(path: Union[str, Path]) -> float:
+    """Seconds of audio that the header of a file promises; 0 where it cannot be read, or does not say."""
+    if Path(path).is_fifo():
+        return 0.0
+    try:
+        with _open(path) as file:
+            return file.frames / file.samplerate if 0 < file.frames < _UNKNOWN_FRAMES else 0.0
+    except (ValueError, OSError):
+        return 0.0
+
+
+def as_samples(block: Samples, name: str = "samples") -> np.ndarray:
+    """(n,) samples, floats in [-1, 1] or 16-bit integers, as float32; raises ValueError for any others.
+
+    NaN, infinite and huge samples are others, too.
+    """
+    if hasattr(block, "detach"):
+        block = block.detach().cpu()
+        block = (block.float() if block.is_floating_point() else block).numpy()  # numpy knows no bfloat16
+    block = np.asarray(block)
+    if block.ndim != 1:
+        raise ValueError(f"{name} have shape {block.shape}; expected (n,), one channel")
+    if block.dtype == np.int16:
+        return block.astype(np.float32) / 32768
+    if block.size and not np.issubdtype(block.dtype, np.floating):
+        raise ValueError(f"{name} are {block.dtype}; expected floats in [-1, 1] or 16-bit integers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        block = block.astype(np.float32)
+    if not is_audio(block).all():
+        raise ValueError(
+            f"{name}: found NaN, infinite or huge ones, expected floats in [-1, 1]; mend the source of the audio"
+        )
+    return block
+
+
+def _check_rate(rate: int, name: str) -> None:
+    """Raises ValueError for a sample rate that only a broken file has, and that would make years of a minute."""
+    if not _LOWEST_RATE <= rate <= _HIGHEST_RATE:
+        raise ValueError(f"{name}: found a sample rate of {rate} Hz, expected {_LOWEST_RATE} to {_HIGHEST_RATE} Hz")
+
+
+class _Prepended(io.RawIOBase):
+    """A binary stream of which some bytes were read, from its beginning."""
+
+    def __init__(self, start: bytes, stream: BinaryIO):
+        self._start, self._stream = start, stream
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def read1(self, size: int):
+        if self._start:
+            data, self._start = self._start[:size], self._start[size:]
+            return data
+        return getattr(self._stream, "read1", self._stream.read)(size)
+
+
+def _open(path: Union[str, Path], name: str = "") -> soundfile.SoundFile:
+    name = name or str(path)
     if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such audio file")
+        raise FileNotFoundError(f"{name}: no such audio file")
     if Path(path).is_dir():
-        raise ValueError(f"{path}: found a folder, expected an audio file")
+        raise ValueError(f"{name}: found a folder, expected an audio file")
     try:
         return soundfile.SoundFile(str(path))
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(
-            f"{path}: not audio that libsndfile can read ({reason}); expected WAV, FLAC, Ogg, MP3 or the like "
+            f"{name}: not audio that libsndfile can read ({reason}); expected WAV, FLAC, Ogg, MP3 or the like "
             "(raw PCM is read from standard input)"
         ) from None
 
 
-def _file_blocks(file: soundfile.SoundFile, path: Union[str, Path], block: int) -> Iterator[np.ndarray]:
+def _file_blocks(file: soundfile.SoundFile, name: str, block: int) -> Iterator[np.ndarray]:
     with file:
         read = 0
         while True:
             try:
                 samples = file.read(block, dtype="float32", always_2d=True)
             except (soundfile.SoundFileError, RuntimeError) as error:
-                raise ValueError(f"{path}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
+                raise ValueError(f"{name}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
             if not len(samples):
                 return
             bad = np.flatnonzero(~is_audio(samples).all(axis=1))
             if len(bad):
                 second = (read + bad[0]) / file.samplerate
-                raise ValueError(f"{path}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
+                raise ValueError(f"{name}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
             read += len(samples)
             # channel by channel: numpy adds up a row in an order that depends on the size of the block
             yield sum(samples.T) / np.float32(samples.shape[1])

@@ -19,7 +19,7 @@ from ..nn.activations import get_activation
 from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
-from .pack import PackedConv1d, PackedFrontend, PackedPositions
+from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
@@ -90,41 +90,55 @@ def _can_pack() -> bool:
 
 
 class HalfConv1d(PackedConv1d):
-    """PackedConv1d in bfloat16: any floats in, `dtype` out."""
+    """PackedConv1d in bfloat16: any floats in, fp32 out."""
 
-    def __init__(self, conv: PackedConv1d, dtype: torch.dtype):
+    def __init__(self, conv: PackedConv1d):
         nn.Module.__init__(self)
         self.register_buffer("weight", conv.weight.to(HALF), persistent=False)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.to(HALF), persistent=False)
         self._padding, self._groups, self._gelu = conv._padding, conv._groups, conv._gelu
         self._packed = {}
-        self.dtype = dtype
 
     def forward(self, x: Tensor, stride: int = 1) -> Tensor:
         """(batch, time, in channel) -> (batch, frames, channel)"""
-        return super().forward(x.to(HALF), stride).to(self.dtype)
+        return super().forward(x.to(HALF), stride).float()
 
 
-def half_conv(conv: PackedConv1d, rows: int, dtype: torch.dtype = torch.float32) -> PackedConv1d:
+def half_conv(conv: PackedConv1d, rows: int) -> PackedConv1d:
     """`conv` in bfloat16; in fp32, as it was, where this torch has no such convolution or computes it wrong.
 
     oneDNN 3.12 does, without a word, with few channels in a group and a long kernel: 12 channels and 128 taps, for one.
     rows: how many frames it will mostly see.
     """
-    half = HalfConv1d(conv, dtype)
+    half = HalfConv1d(conv)
     channels, kernel = conv.weight.size(1) * conv._groups, conv.weight.size(3)
     generator = torch.Generator().manual_seed(0)
     for frames in (kernel, kernel + rows):
         x = torch.randn(1, frames, channels, generator=generator)
         expected = conv(x)
         try:
-            error = half(x).float() - expected
+            error = half(x) - expected
         except (AttributeError, RuntimeError, NotImplementedError, TypeError):
             return conv
         # rounding leaves 0.3 %
         if not bool(error.square().mean() <= 1e-3 * expected.square().mean()):
             return conv
     return half
+
+
+class HalfConvLayer(PackedConvLayer):
+    """PackedConvLayer, but the first, in bfloat16, its LayerNorm in fp32: any floats in, bfloat16 out."""
+
+    def __init__(self, layer: PackedConvLayer):
+        nn.Module.__init__(self)
+        self.kernel, self.stride = layer.kernel, layer.stride
+        self.register_buffer("weight", layer.weight.to(HALF), persistent=False)
+        self.register_buffer("bias", layer.bias.to(HALF), persistent=False)
+        self.layer_norm, self.group_norm = layer.layer_norm, None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(time, in channel) -> (frames, channel)"""
+        return super().forward(x.to(HALF).contiguous(), weight, bias)
 
 
 class HalfAttention(MultiheadAttention):
@@ -163,10 +177,8 @@ def half_around_(backbone: Backbone, rows: int) -> None:
         if layer.self_attn is not None:
             layer.self_attn = HalfAttention(layer.self_attn)
     if isinstance(frontend, PackedFrontend):
-        last = len(frontend.conv_layers) - 1
-        for index, layer in enumerate(frontend.conv_layers):
-            if index > 0:
-                layer.conv = half_conv(layer.conv, rows, torch.float32 if index == last else HALF)
+        for index in range(1, len(frontend.conv_layers)):
+            frontend.conv_layers[index] = HalfConvLayer(frontend.conv_layers[index])
     if isinstance(encoder.pos_conv, PackedPositions):
         encoder.pos_conv.conv = half_conv(encoder.pos_conv.conv, rows)
 

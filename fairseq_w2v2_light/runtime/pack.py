@@ -14,14 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.activations import get_activation
-from ..nn.frontend import ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
+from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
+from .ctc import CtcModel
+from .widen import widen_
 
 # oneDNN's names of no activation, and of the exact GELU, with its algorithm
 _NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
+# frames of the frontend at a time: 2.56 s, 8,192 frames of its first layer
+PIECE_FRAMES = 128
 
 
 class PackedLinear(nn.Module):
@@ -47,9 +51,7 @@ class PackedConv1d(nn.Module):
     made when that first occurs.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False
-    ):
+    def __init__(self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False):
         super().__init__()
         self.register_buffer("weight", _channels_last(_copy(weight)), persistent=False)
         self.register_buffer("bias", _copy(bias), persistent=False)
@@ -102,109 +104,86 @@ def familiar_length(frames: int) -> int:
 
 
 class PackedFrontend(Frontend):
-    """Frontend with the channels innermost from its first layer on.
+    """Frontend that runs an utterance in pieces, whose activations stay in the cache, as products without copies.
 
-    The first layer hears one channel; it runs as one of stride 1 over `stride` channels, which are consecutive samples.
+    Pieces overlap by what the first frame of one hears of the one before. Only the valid frames of a padded batch are
+    computed; the others are 0.
     """
 
     def __init__(self, frontend: Frontend):
         nn.Module.__init__(self)
         self.shapes, self.padding = frontend.shapes, frontend.padding
-        self.conv_layers = nn.ModuleList()
-        for index, block in enumerate(frontend.conv_layers):
-            if isinstance(_norm(block), TimeGroupNorm):
-                layer = PackedGroupNormLayer(block)
-            else:
-                layer = PackedConvLayer(block, fold=index == 0)
-            self.conv_layers.append(layer)
+        self.conv_layers = nn.ModuleList(PackedConvLayer(block) for block in frontend.conv_layers)
 
     def convolve(
         self, wave: Tensor, lengths: Optional[Tensor] = None, gates: Optional[Sequence[Optional[Tensor]]] = None
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        frames = frame_lengths(wave.size(1), self.shapes)
+        """See Frontend; there are no gates."""
+        wave = wave.contiguous()
+        batch, samples = wave.shape
+        x = wave.new_zeros(batch, frame_lengths(samples, self.shapes), self.shapes[-1][0])
+        for row, heard in enumerate([samples] * batch if lengths is None else lengths.tolist()):
+            self._hear(wave[row, :heard], x[row])
+        return x, None if lengths is None else frame_lengths(lengths, self.shapes)
+
+    def _hear(self, wave: Tensor, frames: Tensor) -> None:
+        """Writes what an utterance, `wave` (samples,), makes to the first of `frames` (time, channel)."""
         field, hop = receptive_field(self.shapes)
-        _, kernel, stride = self.shapes[0]
-        first = frame_lengths(field + (familiar_length(frames) - 1) * hop, self.shapes[:1])
-        samples = (first - 1) * stride + _folded(kernel, stride) * stride
-        x = F.pad(wave, (0, samples - wave.size(1))).reshape(wave.size(0), -1, stride)
-        for index, layer in enumerate(self.conv_layers):
-            if index == 0 and isinstance(layer, PackedGroupNormLayer):
-                heard = None if lengths is None else frame_lengths(lengths, self.shapes[:1])
-                x = layer(x, wave, heard)
-            else:
-                x = layer(x)
-        lengths = None if lengths is None else frame_lengths(lengths, self.shapes)
-        return x[:, :frames], lengths
-
-
-def _norm(block: ConvBlock) -> Optional[nn.Module]:
-    return block[2] if len(block) == 4 else None
-
-
-def _folded(kernel: int, stride: int) -> int:
-    """Taps of the first layer over `stride` channels."""
-    return -(-kernel // stride)
-
-
-def _fold(weight: Tensor, stride: int) -> Tensor:
-    """Weight (channel, 1, kernel) of the first layer as (channel, stride, taps)."""
-    taps = _folded(weight.size(2), stride)
-    return F.pad(weight, (0, taps * stride - weight.size(2))).unflatten(2, (taps, stride)).squeeze(1).transpose(1, 2)
+        first, *others = self.conv_layers
+        weight, bias = first.normalised(wave)
+        count = frame_lengths(wave.size(0), self.shapes)
+        for start in range(0, count, PIECE_FRAMES):
+            end = min(start + PIECE_FRAMES, count)
+            x = first(wave[start * hop : (end - 1) * hop + field].unsqueeze(1), weight, bias)
+            for layer in others:
+                x = layer(x, layer.weight, layer.bias)
+            frames[start:end] = x
 
 
 class PackedConvLayer(nn.Module):
-    """ConvBlock over (batch, time, channel), with a LayerNorm or no norm; `fold`: the first, over (batch, n, stride)."""
+    """ConvBlock over (time, channel): each `stride` taps of the kernel make one product with `stride` frames a row.
 
-    def __init__(self, block: ConvBlock, fold: bool):
-        super().__init__()
-        conv, norm = block[0], _norm(block)
-        self.stride = 1 if fold else conv.stride[0]
-        weight = _fold(conv.weight, conv.stride[0]) if fold else conv.weight
-        self.conv = PackedConv1d(weight, conv.bias, gelu=norm is None)
-        self.norm = None if norm is None else norm[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x, self.stride)
-        return x if self.norm is None else F.gelu(self.norm(x))
-
-
-class PackedGroupNormLayer(nn.Module):
-    """The first ConvBlock with its GroupNorm as one convolution, whose weights depend on the utterance.
-
-    A channel's mean and variance over time follow from those of the samples that its kernel hears: with their mean m and
-    covariance C they are w m and w C w'. In double precision, since a difference of squares leaves few digits.
+    weight: (kernel, in channel, channel).
     """
 
     def __init__(self, block: ConvBlock):
         super().__init__()
-        conv, norm = block[0], block[2]
-        self.stride, self.eps = conv.stride[0], norm.eps
-        # a bias of the convolution goes with the mean
-        self.register_buffer("kernel", conv.weight.detach().squeeze(1).double(), persistent=False)
-        self.register_buffer("scale", norm.weight.detach().double(), persistent=False)
-        self.register_buffer("shift", norm.bias.detach().double(), persistent=False)
+        conv, norm = block[0], block[2] if len(block) == 4 else None
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
+        self.register_buffer("weight", conv.weight.detach().permute(2, 1, 0).contiguous(), persistent=False)
+        self.register_buffer("bias", _copy(bias), persistent=False)
+        self.layer_norm = norm[1] if isinstance(norm, ChannelLayerNorm) else None
+        self.group_norm = norm if isinstance(norm, TimeGroupNorm) else None
 
-    def forward(self, x: Tensor, wave: Tensor, lengths: Optional[Tensor]) -> Tensor:
-        """`x` (batch, n, stride), the padded `wave` (batch, samples) -> (batch, frames, channel).
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(time, in channel), contiguous -> (frames, channel), with the layer's own weight and bias or `normalised`."""
+        time, channels = x.shape
+        frames, row = (time - self.kernel) // self.stride + 1, self.stride * channels
+        y = bias
+        for tap in range(0, self.kernel, self.stride):
+            part = weight[tap : tap + self.stride].flatten(0, 1)
+            heard = x.as_strided((frames, part.size(0)), (row, 1), x.storage_offset() + tap * channels)
+            y = torch.addmm(y, heard, part) if tap == 0 else y.addmm_(heard, part)
+        return F.gelu(y if self.layer_norm is None else self.layer_norm(y))
 
-        lengths: (batch,) valid frames after it, over which the statistics are.
+    def normalised(self, wave: Tensor) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of the first layer; with its GroupNorm over `wave` (samples,), if it has one.
+
+        A channel's mean and variance over time follow from those of the samples that its kernel hears: with their mean
+        m and covariance C they are w m and w C w'. In double precision: a difference of squares leaves few digits.
         """
-        heard = wave.unfold(1, self.kernel.size(1), self.stride).double()
-        count = heard.size(1)
-        if lengths is not None:
-            heard = heard * (torch.arange(count) < lengths.unsqueeze(1)).unsqueeze(2)
-            count = lengths[:, None, None]
-        mean = heard.sum(1, keepdim=True) / count
-        covariance = heard.transpose(1, 2) @ heard / count - mean.transpose(1, 2) @ mean
-        variance = ((self.kernel @ covariance) * self.kernel).sum(2).clamp(min=0)
-        scale = self.scale * (variance + self.eps).rsqrt()
-        shift = self.shift - scale * (mean @ self.kernel.t()).squeeze(1)
-        weights = (scale.unsqueeze(2) * self.kernel).float()
-        rows = [
-            _convolve(row.unsqueeze(0), _channels_last(_fold(weight.unsqueeze(1), self.stride)), bias, gelu=True)
-            for row, weight, bias in zip(x, weights, shift.float())
-        ]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        norm = self.group_norm
+        if norm is None:
+            return self.weight, self.bias
+        heard = wave.unfold(0, self.kernel, self.stride).double()
+        mean = heard.mean(0)
+        covariance = heard.t() @ heard / heard.size(0) - torch.outer(mean, mean)
+        kernel = self.weight[:, 0].double()
+        variance = (kernel * (covariance @ kernel)).sum(0).clamp(min=0)
+        scale = norm.weight.double() * (variance + norm.eps).rsqrt()
+        # a bias of the convolution goes with the mean
+        return (self.weight * scale).float(), (norm.bias - scale * (mean @ kernel)).float()
 
 
 class PackedPositions(nn.Module):
@@ -241,7 +220,6 @@ class PackedUnsqueeze(Unsqueeze):
     def __init__(self, unsqueeze: Unsqueeze, rows: int):
         nn.Module.__init__(self)
         self.dim, self.factor, self.residual = unsqueeze.dim, unsqueeze.factor, unsqueeze.residual
-        self.rows = rows
         self.linears = nn.ModuleDict(
             {
                 str(factor): PackedLinear(*unsqueeze.weights(factor), -(-rows // factor), gelu=True)
@@ -265,6 +243,8 @@ def pack_(model: nn.Module, rows: int) -> bool:
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32 or not _can_pack():
         return False
+    if isinstance(model, CtcModel):
+        widen_(model)
     _pack_children(model, rows, _can_convolve())
     return True
 
@@ -279,7 +259,7 @@ def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
             if not isinstance(child, PackedUnsqueeze):
                 setattr(module, name, PackedUnsqueeze(child, rows))
         elif isinstance(child, Frontend):
-            if convolutions and not isinstance(child, PackedFrontend):
+            if not isinstance(child, PackedFrontend):
                 setattr(module, name, PackedFrontend(child))
         elif isinstance(child, ConvPositions):
             if convolutions:

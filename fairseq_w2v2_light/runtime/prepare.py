@@ -49,7 +49,8 @@ def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, integers: Op
         dequantize_(model)
     if chosen == "bfloat16" or chosen == INT8 and not integers:
         half_linears_(model.backbone, rows)
-    pack_(model, rows)
+    # as a whole only where it may be widened
+    pack_(model if chosen == "float32" else model.backbone, rows)
     if chosen == "bfloat16" or chosen == INT8 and multiplies_bfloat16():
         half_around_(model.backbone, rows)
     model.prepared = True

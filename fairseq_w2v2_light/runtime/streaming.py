@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..nn.operating_point import OperatingPoint
 from ..nn.streaming import Stream, StreamState
-from .audio import is_audio
+from .audio import Samples, as_samples
 from .beam import Token
 from .endpoint import Endpointing, advance_segments
 from .incremental import BeamState, DecoderState, GreedyState, decoder_from_dict
@@ -30,8 +30,6 @@ from .prepare import prepare_
 from .text import Labels, Word
 
 _DEFAULT = Endpointing()
-
-Samples = Union[np.ndarray, Tensor, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class StreamingRecognizer:
         if len(states) != len(blocks):
             raise ValueError(f"{len(states)} streams with {len(blocks)} blocks of samples; expected one block each")
         before = [len(state.segments) for state in states]
-        states = [_with_samples(state, _as_samples(block)) for state, block in zip(states, blocks)]
+        states = [_with_samples(state, as_samples(block)) for state, block in zip(states, blocks)]
         chunks = [0] * len(states)
         while True:
             ready = defaultdict(list)
@@ -281,26 +279,6 @@ class StreamingRecognizer:
     def _tensor(self, samples: Sequence[np.ndarray]) -> Tensor:
         parameter = self.model.backbone.layer_norm.weight
         return torch.from_numpy(np.stack(samples)).to(parameter.device, parameter.dtype)
-
-
-def _as_samples(block: Samples) -> np.ndarray:
-    if isinstance(block, Tensor):
-        block = block.detach().cpu()
-        block = (block.float() if block.is_floating_point() else block).numpy()  # numpy knows no bfloat16
-    block = np.asarray(block)
-    if block.ndim != 1:
-        raise ValueError(f"samples have shape {block.shape}; expected (n,), one channel")
-    if block.dtype == np.int16:
-        return block.astype(np.float32) / 32768
-    if block.size and not np.issubdtype(block.dtype, np.floating):
-        raise ValueError(f"samples are {block.dtype}; expected floats in [-1, 1] or 16-bit integers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        block = block.astype(np.float32)
-    if not is_audio(block).all():
-        raise ValueError(
-            "samples: found NaN, infinite or huge ones, expected floats in [-1, 1]; mend the source of the audio"
-        )
-    return block
 
 
 def _with_samples(state: StreamingState, samples: np.ndarray) -> StreamingState:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Iterable, List, Sequence, Tuple
+from typing import Iterable, List, Optional, Sequence, Tuple
 
 from .beam import Token
 
@@ -70,14 +70,20 @@ class Labels:
 
         Their texts are those of `text`, split at white space. Raises ValueError for an index of no symbol.
         """
-        spelled = [self._spelling(token.index) for token in tokens]
-        owners = [token for token, spelling in zip(tokens, spelled) for _ in spelling]
         return [
-            Word(
-                match.group(),
-                owners[match.start()].start * seconds_per_frame,
-                owners[match.end() - 1].end * seconds_per_frame,
-            )
+            Word(text, tokens[first].start * seconds_per_frame, tokens[last].end * seconds_per_frame)
+            for text, first, last in self.spans([token.index for token in tokens])
+        ]
+
+    def spans(self, indices: Sequence[int]) -> List[Tuple[str, int, int]]:
+        """Each word that labels spell, and the positions in `indices` of its first and its last label.
+
+        Raises ValueError for an index of no symbol.
+        """
+        spelled = [self._spelling(index) for index in indices]
+        owners = [position for position, spelling in enumerate(spelled) for _ in spelling]
+        return [
+            (match.group(), owners[match.start()], owners[match.end() - 1])
             for match in re.finditer(r"\S+", "".join(spelled))
         ]
 
@@ -86,12 +92,17 @@ class Labels:
 
         `words` of those tokens and `words` of all that follows are, together, `words` of everything.
         """
-        spelled = [self._spelling(token.index) for token in tokens]
+        following = None
         for count in range(len(tokens), 0, -1):
-            following = spelled[count] if count < len(tokens) else ""
-            if spelled[count - 1][-1:].isspace() or following[:1].isspace():
+            if self.separates(tokens[count - 1].index, following):
                 return count
+            following = tokens[count - 1].index
         return 0
+
+    def separates(self, index: int, following: Optional[int] = None) -> bool:
+        """Whether a word ends with label `index`, where label `following` comes next (None: not known)."""
+        begins = "" if following is None else self._spelling(following)
+        return self._spelling(index)[-1:].isspace() or begins[:1].isspace()
 
     def _spelling(self, index: int) -> str:
         if not 0 <= index < len(self.symbols):

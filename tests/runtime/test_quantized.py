@@ -258,7 +258,7 @@ def test_the_317_million_layout_fits_into_340_mib():
         before = sum(value.numel() * value.element_size() for value in model.state_dict().values())
         quantized.shape_quantized_(model)
     after = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    assert round(before / 2**20) == 1204 and after <= 339 * 2**20 and before / after > 3.55
+    assert 1203 <= before / 2**20 < 1204 and after <= 339 * 2**20 and before / after > 3.55
 
 
 # ---- what is refused
@@ -267,7 +267,7 @@ def test_the_317_million_layout_fits_into_340_mib():
 def test_what_is_quantised_already(tmp_path, capsys):
     path = finetuned(tmp_path)
     assert main(["quantize", path, str(tmp_path / "int8")]) == 0
-    assert "20 Linears" in capsys.readouterr().out
+    assert "19 Linears" in capsys.readouterr().out
     for verb in (["quantize"], ["export"], ["export", "--dtype", "bfloat16"]):
         assert main([*verb, str(tmp_path / "int8"), str(tmp_path / "again")]) == 2
         assert f"{tmp_path / 'int8'}: its weights are int8 already" in capsys.readouterr().err
@@ -354,25 +354,33 @@ def test_a_sentencepiece_model_goes_along(tmp_path):
     assert (tmp_path / "int8" / "sentencepiece.model").read_bytes() == b"pieces"
 
 
-def test_it_all_works_without_fairseq(tmp_path):
-    path = finetuned(tmp_path, layout="large", **STREAMING)
-    code = f"""
+WITHOUT = """
 import sys
-for name in ("fairseq", "hydra", "omegaconf"):
-    sys.modules[name] = None
-sys.path.insert(0, {str(os.path.dirname(user_dir()))!r})
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fairseq", "hydra", "omegaconf", "torchaudio", "transformers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
 import torch
 from fairseq_w2v2_light.cli.main import main
 from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.runtime.prepare import prepare_
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
-assert main(["quantize", {path!r}, {str(tmp_path / "int8")!r}]) == 0
-model = load_ctc({str(tmp_path / "int8")!r})
+
+assert main(["quantize", sys.argv[1], "int8"]) == 0
+model = load_ctc("int8")
 assert prepare_(model) == "int8" and model(torch.zeros(1, 900))[0].isfinite().all()
-recognizer = StreamingRecognizer.from_checkpoint({str(tmp_path / "int8")!r})
+recognizer = StreamingRecognizer.from_checkpoint("int8")
 recognizer.accept(torch.randn(900) * 0.1)
 print(recognizer.finish().seconds)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+
+
+def test_it_all_works_without_fairseq(tmp_path):
+    command = [sys.executable, "-c", WITHOUT, finetuned(tmp_path, layout="large", **STREAMING)]
+    env = {**os.environ, "PYTHONPATH": str(user_dir().parent)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == str(900 / 16000)

@@ -1,0 +1,88 @@
+"""When each decoded word was spoken, and how certain it is: from CTC's alignment and from how loud the audio is.
+
+CTC outputs a label as a spike: one or a few frames somewhere within the sound, blanks around them. So the spikes of a
+word's first and last label lie inside the word, and the audio says how far it reaches beyond them: to the next pause;
+between two words without a pause, to the quietest spot between their spikes; but never further than `REACH`, about half
+of the length of a sound, as the network did not hear the word there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import List, Sequence, Tuple
+
+import numpy as np
+
+from .beam import Token
+from .text import Labels
+
+REACH = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """One word, when it was spoken (seconds since the recording began), and its confidence from 0 to 1."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+
+def token_confidences(log_probs: np.ndarray, tokens: Sequence[Token]) -> List[float]:
+    """For each token, its highest probability in any of its frames; log_probs: (frames, symbols) from frame 0."""
+    return [
+        float(np.exp(log_probs[token.start : max(token.end, token.start + 1), token.index].max(initial=-np.inf)))
+        for token in tokens
+    ]
+
+
+def timed_words(
+    labels: Labels,
+    tokens: Sequence[Token],
+    confidences: Sequence[float],
+    first_frame: float,
+    frame_seconds: float,
+    loudness: np.ndarray,
+    origin: float,
+    step_seconds: float,
+) -> Tuple[TimedWord, ...]:
+    """The words of decoded tokens, whose confidence is the geometric mean of their labels'.
+
+    tokens: with frames of `frame_seconds` each. first_frame: when frame 0 begins, in seconds. loudness: (steps,) in dB
+    above a pause of each step of `step_seconds`. origin: when the first of them begins.
+    """
+    spans = labels.spans([token.index for token in tokens])
+    starts = np.array([first_frame + tokens[first].start * frame_seconds for _, first, _ in spans])
+    ends = np.array([first_frame + tokens[last].end * frame_seconds for _, _, last in spans])
+    limit = origin + len(loudness) * step_seconds
+    grown_starts, grown_ends = starts.copy(), ends.copy()
+    for gap in range(len(spans) + 1):
+        begins = ends[gap - 1] if gap else origin
+        finishes = starts[gap] if gap < len(spans) else limit
+        first, last = (round((second - origin) / step_seconds) for second in (begins, finishes))
+        steps = loudness[max(first, 0) : max(last, 0)]
+        if not len(steps):
+            continue
+        quiet = np.flatnonzero(steps < 0)
+        if len(quiet):
+            until, since = quiet[0], quiet[-1] + 1
+        elif 0 < gap < len(spans):
+            until = since = steps.argmin()
+        else:
+            continue
+        seconds = origin + max(first, 0) * step_seconds
+        if gap:
+            grown_ends[gap - 1] = min(max(seconds + until * step_seconds, begins), begins + REACH)
+        if gap < len(spans):
+            grown_starts[gap] = max(min(seconds + since * step_seconds, finishes), finishes - REACH)
+    return tuple(
+        TimedWord(text, max(0.0, float(start)), float(end), _geometric_mean(confidences[first : last + 1]))
+        for (text, first, last), start, end in zip(spans, grown_starts, grown_ends)
+    )
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    """Of values from 0 to 1."""
+    with np.errstate(divide="ignore"):
+        return float(np.clip(np.exp(np.log(np.asarray(values)).mean()), 0.0, 1.0))
