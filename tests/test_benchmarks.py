@@ -48,3 +48,12 @@ def test_inference_compares_the_same_network():
     assert len(differences) >= 6 and max(differences) < 1e-4
     by_name = {row["what"]: float(row["GMACs"]) for row in numbers}
     assert by_name["s3q2k2"] < by_name["s1q1k1"] and by_name["pruned"] < by_name["unpruned"]
+
+
+def test_quantized_compares_bytes_and_time():
+    columns, *rows = smoke("quantized.py")
+    assert [row[0] for row in rows[:2]] == ["fairseq float32", "float32"] and "int8" in [row[0] for row in rows]
+    for row in (dict(zip(columns, row)) for row in rows):
+        assert float(row["weights"].split()[0]) > 0 and float(row["median"].split()[0]) > 0
+        limit = 1e-4 if row["model"].endswith("float32") else 0.1
+        assert float(row["error of the logits"]) < limit

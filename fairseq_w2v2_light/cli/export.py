@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="of the stored weights: float32 (default); folder: bfloat16; onnx: int8, those of the Linears",
+        help="of the stored weights: float32 (default); folder: bfloat16; int8, those of the Linears",
     )
     parser.add_argument("--dictionary", help="dict.ltr.txt, for a checkpoint that holds no labels")
     parser.add_argument("--sentencepiece", help="folder: the labels' sentencepiece model, to be kept with them")
@@ -62,10 +62,13 @@ def _export_huggingface(args) -> int:
 def _export_onnx(args) -> int:
     from ..export.onnx import export_onnx
     from ..runtime.load import load_ctc
+    from ..runtime.quantized import INT8, dequantize_
 
     if args.dtype not in ("float32", "int8"):
         raise ValueError(f"--dtype: found '{args.dtype}', expected float32 or int8 with --format onnx")
     model = load_ctc(args.checkpoint, args.dictionary)
+    if model.stored_dtype == INT8:
+        dequantize_(model)  # onnxruntime has integers of its own
     written = export_onnx(model, args.out, args.operating_point, int8=args.dtype == "int8")
     print(
         f"{args.checkpoint} -> {args.out}: {args.dtype}, operating point {written.point}, {written.bytes / 2**20:.1f} "

@@ -30,6 +30,7 @@ VERBS = {
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
+    "quantize": ("quantize", "write a fine-tuned model as a model folder with int8 weights: smaller and faster"),
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
     "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
