@@ -36,6 +36,8 @@ PLOT = ["matplotlib"]
 SYNTH = ["espeakng-loader"]
 EXPORT = ["safetensors"]
 RESAMPLE = ["soxr"]
+LM = ["flashlight-text"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 
 setup(
     name="fairseq-w2v2-light",
@@ -64,7 +66,11 @@ setup(
         "demo": SYNTH + PLOT,
         "export": EXPORT,
         "resample": RESAMPLE,
-        "test": ["pytest", "ruff"] + SYNTH + PLOT + EXPORT + RESAMPLE,
+        "lm": LM,
+        "onnx": ONNX,
+        # transformers and onnx are what exports are compared with, where a new torch runs them
+        "test": ["pytest", "ruff"] + SYNTH + PLOT + EXPORT + RESAMPLE + LM,
+        "interchange": ONNX + ["transformers"],
     },
     entry_points={"console_scripts": [f"w2v2-light = {PACKAGE}.cli.main:main"]},
     classifiers=[

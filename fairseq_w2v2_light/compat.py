@@ -5,18 +5,21 @@ Served: fairseq 0.12.2 (Python 3.9 and 3.10, hydra 1.0, omegaconf 2.0, torch 2.1
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
+import math
+import os
 import re
 import runpy
 import shutil
 import sys
 import traceback
 import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Union
@@ -25,6 +28,7 @@ import fairseq
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 from fairseq.data.data_utils import compute_mask_indices
 from fairseq.dataclass import configs
 from fairseq.file_io import PathManager
@@ -32,17 +36,18 @@ from hydra._internal import utils as hydra_utils
 from omegaconf import OmegaConf, open_dict
 
 from .files import atomic_path
+from .runtime.checkpoint import as_plain, read_pickle, require_stored
+from .trust import TRUST, trusts_checkpoints
 
 
 def allow_checkpoint_types() -> None:
-    """Lets torch.load read what fairseq checkpoints hold besides tensors and plain Python values.
+    """Lets a program's own torch.load read what fairseq checkpoints hold besides tensors and plain Python values.
 
     torch >= 2.6 loads with weights_only=True and refuses other types; torch 2.1 has no such list. Fine-tuned
-    checkpoints hold the target Dictionary in their task state, those from before hydra an argparse.Namespace.
+    checkpoints hold the target Dictionary in their task state, those from before hydra an argparse.Namespace. Both are
+    values without behaviour.
     """
     if hasattr(torch.serialization, "add_safe_globals"):
-        from fairseq.data.dictionary import Dictionary
-
         torch.serialization.add_safe_globals([Dictionary, argparse.Namespace])
 
 
@@ -64,21 +69,36 @@ def make_checkpoint_copies_atomic() -> None:
     PathManager.copy = staticmethod(copy)
 
 
-def make_checkpoint_errors_clear() -> None:
-    """Lets fairseq say which file is no checkpoint, and why, where it reads one (resume, fairseq-generate).
+class _CarefulTorch:
+    """Stands in for the module torch where fairseq reads checkpoints; all but torch.load is the module's own."""
 
-    Both versions raise what pickle raises: EOFError, KeyError: 'best_loss', and so on, without the path.
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(file, *args, **options):
+        name = getattr(file, "name", file)
+        if not isinstance(name, (str, os.PathLike)):
+            return torch.load(file, *args, **{**options, "weights_only": not trusts_checkpoints()})
+        # not mapped: a training reads its own checkpoints, and writes them anew
+        return read_checkpoint(name, mapped=False)
+
+
+def make_checkpoint_reading_safe() -> None:
+    """Lets fairseq read checkpoints (resume, infer, fairseq-generate) as we do: nothing in them is run.
+
+    torch 2.1 would run whatever a file holds; later ones still let stock code evaluate its configuration. Messages name
+    the file, which pickle's own do not.
     """
+    checkpoint_utils.torch = _CarefulTorch()
     stock = checkpoint_utils.load_checkpoint_to_cpu
 
     @functools.wraps(stock)
-    def load(path, *args, **kwargs):
-        try:
-            return stock(path, *args, **kwargs)
-        except Exception:
-            if "://" not in str(path):
-                read_checkpoint(path)
-            raise
+    def load(path, *args, **options):
+        # stock opens what it is given, and waits for ever at a named pipe
+        if Path(path).exists() and not Path(path).is_file():
+            read_pickle(path)
+        return stock(path, *args, **options)
 
     checkpoint_utils.load_checkpoint_to_cpu = load
 
@@ -240,6 +260,36 @@ def run_infer(argv: List[str], adapt_task: Callable[[Callable], Callable]) -> No
         runpy.run_path(str(script), run_name="__main__")
 
 
+@contextlib.contextmanager
+def mended_kenlm_decoder() -> Iterator[None]:
+    """Within it fairseq's KenLMDecoder decodes without a lexicon, too (decoding.unitlm=true).
+
+    Both versions give such hypotheses an empty list of words, which infer takes for their text. 0.12.2 also numbers the
+    labels for the language model as a hash table has them, not as the dictionary does.
+    """
+    make_examples_importable()
+    decoders = importlib.import_module("examples.speech_recognition.new.decoders.flashlight_decoder")
+    from flashlight.lib.text.dictionary import Dictionary as WordDictionary
+
+    class KenLMDecoder(decoders.KenLMDecoder):
+        def decode(self, emissions):
+            hypotheses = super().decode(emissions)
+            if not hasattr(self, "trie"):
+                for hypothesis in itertools.chain.from_iterable(hypotheses):
+                    del hypothesis["words"]
+            return hypotheses
+
+    def create_word_dict(lexicon):
+        words = WordDictionary()
+        for word in [*lexicon, *([] if "<unk>" in lexicon else ["<unk>"])]:
+            words.add_entry(word)
+        words.set_default_index(words.get_index("<unk>"))
+        return words
+
+    with _replaced(decoders, KenLMDecoder=KenLMDecoder, create_word_dict=create_word_dict):
+        yield
+
+
 def hydra_arguments(argv: List[str]) -> argparse.Namespace:
     """Parses a hydra command line; `overrides` holds its key=value arguments, wherever among the flags they stood."""
     from hydra._internal.utils import get_args_parser
@@ -259,25 +309,114 @@ def job_overrides(name: str) -> List[str]:
     return [f"hydra.job.name={name}"] + (["hydra.job.chdir=true"] if version >= (1, 2) else [])
 
 
-def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Reads a fairseq checkpoint as it is stored; tensors stay on disk where the file's format allows.
+def read_checkpoint(path: Union[str, Path], mapped: bool = True) -> Dict[str, Any]:
+    """Reads a fairseq checkpoint as it is stored; mapped: its tensors stay on disk where the file's format allows.
 
-    The result has "model" and, under "cfg" or (before hydra) "args", the configuration. Raises FileNotFoundError when
-    the file is missing and ValueError when it is no fairseq checkpoint.
+    The result has "model" and, under "cfg" or (before hydra) "args", the configuration: dicts and Namespaces. Raises
+    FileNotFoundError when the file is missing and ValueError when it is no fairseq checkpoint, or holds what could run
+    code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
-    try:
-        state = torch.load(str(path), map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch and pickle raise nearly any type on bytes they do not know
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {refused.group(1)}, which could run code" if refused else type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that torch can read ({reason})") from error
+    state = _restored(read_pickle(path, mapped=mapped), path)
     keys = list(state)[:8] if isinstance(state, dict) else type(state).__name__
-    if not isinstance(state, dict) or "model" not in state or not (state.get("cfg") or state.get("args")):
+    known = isinstance(state, dict) and isinstance(state.get("model"), dict)
+    if not known or not isinstance(state.get("cfg") or state.get("args"), (dict, argparse.Namespace)):
         raise ValueError(f"{path}: not a fairseq checkpoint; expected the keys 'model' and 'cfg', found {keys}")
     return state
+
+
+def _restored(state: Any, path: Union[str, Path]) -> Any:
+    """A checkpoint with the types that fairseq expects in place of stand-ins; raises ValueError for what is none."""
+    if not isinstance(state, dict):
+        return state
+    try:
+        if isinstance(state.get("model"), dict):
+            require_stored(state["model"], path)
+        restored = {key: value if key == "model" else as_plain(value, _TYPES) for key, value in state.items()}
+        if not trusts_checkpoints():
+            for key in ("cfg", "args"):
+                _require_literals(restored.get(key), f"{path}: {key}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        where = "" if str(error).startswith(str(path)) else f"{path}: not a fairseq checkpoint: "
+        raise ValueError(f"{where}{error}") from error
+    return restored
+
+
+def _dictionary(state: Dict[str, Any]) -> Dictionary:
+    symbols, counts, indices = (state.get(key) for key in ("symbols", "count", "indices"))
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
+        raise ValueError("its dictionary is damaged: expected a list of symbols")
+    if not isinstance(counts, list) or not isinstance(indices, dict):
+        raise ValueError("its dictionary is damaged: expected counts and indices of its symbols")
+    dictionary = Dictionary.__new__(Dictionary)
+    vars(dictionary).update(state)
+    return dictionary
+
+
+_TYPES = {
+    "argparse.Namespace": lambda state: argparse.Namespace(**state),
+    "fairseq.data.dictionary.Dictionary": _dictionary,
+}
+
+# Texts of a configuration that fairseq gives to eval() when it builds a model or a task from a checkpoint.
+_EVALUATED = {
+    *("conv_feature_layers", "conv_aggregator_layers", "wer_args", "xformers_att_config"),
+    *("encoder_layers", "decoder_layers", "encoder_attention", "decoder_attention", "character_filters"),
+    *("pretrained", "self_attention", "project_input", "gated_attention", "downsample"),
+    *("adaptive_softmax_cutoff", "adaptive_input_cutoff", "left_pad_source", "left_pad_target"),
+    *("pipeline_balance", "pipeline_devices", "pipeline_encoder_balance", "pipeline_encoder_devices"),
+    *("pipeline_decoder_balance", "pipeline_decoder_devices"),
+    *("adam_betas", "adamax_betas", "adafactor_eps", "lamb_betas"),
+}
+_LITERALS = (
+    *(ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Load),
+    *(ast.UnaryOp, ast.USub, ast.UAdd, ast.BinOp, ast.Add, ast.Mult),
+)
+_REFERENCE = re.compile(r"\$\{[\w.]*?(\w+)\}")
+# of a text that is evaluated: no real one is as long, or repeats as often
+_LONGEST_LITERAL, _LARGEST_LITERAL = 10_000, 100_000
+
+
+def _require_literals(value: Any, where: str) -> None:
+    """Raises ValueError where a configuration has code, where fairseq would evaluate it."""
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key in _EVALUATED and isinstance(item, (str, bytes)) and not _is_literal(item):
+            shown = repr(item) if len(item) <= 80 else repr(item[:77])[:-1] + "..."
+            raise ValueError(
+                f"{where}.{key}: found {shown}, which fairseq would run as code; expected numbers, lists and tuples, "
+                f"like [(512, 10, 5)] * 2. If you know and trust who made the file, allow it: {TRUST}=1"
+            )
+        _require_literals(item, f"{where}.{key}")
+
+
+def _is_literal(text: Union[str, bytes]) -> bool:
+    """Whether a text is made of numbers, texts, lists, tuples, dicts, and sums and (few) repetitions of them.
+
+    A reference to another key that is evaluated is one too, as that is looked at by itself.
+    """
+    if isinstance(text, bytes):
+        return False
+    reference = _REFERENCE.fullmatch(text.strip())
+    if reference:
+        return reference.group(1) in _EVALUATED
+    if not text.strip() or len(text) > _LONGEST_LITERAL:
+        return not text.strip()
+    try:
+        nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    repeats = math.prod(
+        node.value
+        for product in nodes
+        if isinstance(product, ast.BinOp) and isinstance(product.op, ast.Mult)
+        for node in (product.left, product.right)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int)
+    )
+    return all(isinstance(node, _LITERALS) for node in nodes) and repeats <= _LARGEST_LITERAL
 
 
 def checkpoint_section(state: Dict[str, Any], name: str) -> Dict[str, Any]:
@@ -314,5 +453,5 @@ def complete_task_config(saved: Any, current: Any) -> None:
 # Here and not in `registration`, which may run while this module is half imported (its `import fairseq` starts it).
 allow_checkpoint_types()
 make_checkpoint_copies_atomic()
-make_checkpoint_errors_clear()
+make_checkpoint_reading_safe()
 make_hydra_print_errors()

@@ -8,13 +8,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_streaming_prints_its_table():
+def smoke(name):
+    """The rows of the tables that a benchmark prints, without the bars at their ends: lists of cells."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "benchmarks/streaming.py"), "--smoke", "--threads", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--smoke", "--threads", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    measured = {row[0][2:]: row[1] for row in rows}
+    return [line[2:-2].split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_streaming_prints_its_table():
+    measured = {row[0]: row[1] for row in smoke("streaming.py")[1:]}
     assert 0 < float(measured["real-time factor, one stream"])
     assert float(measured["4 streams as a batch, of one stream"].split()[0]) > 0
     assert any(name.startswith("0.4 minutes") and "words in" in name for name in measured)
+
+
+def test_inference_compares_the_same_network():
+    rows = smoke("inference.py")
+    assert [row[0] for row in rows if row[0] in ("stock fairseq", "ours", "ours, packed")] == [
+        "stock fairseq",
+        "ours",
+        "ours, packed",
+    ]
+    columns = rows[0]
+    numbers = [dict(zip(columns, row)) for row in rows if row != columns]
+    assert all(float(row["ms, median"]) > 0 and float(row["GMACs"]) > 0 for row in numbers)
+    differences = [float(row["difference"]) for row in numbers if row["difference"].strip()]
+    assert len(differences) >= 6 and max(differences) < 1e-4
+    by_name = {row["what"]: float(row["GMACs"]) for row in numbers}
+    assert by_name["s3q2k2"] < by_name["s1q1k1"] and by_name["pruned"] < by_name["unpruned"]

@@ -19,7 +19,7 @@ def test_checkpoint_types_load_and_nothing_else(tmp_path):
     torch.save({"dictionary": Dictionary(), "args": Namespace(arch="wav2vec2")}, tmp_path / "good.pt")
     assert torch.load(tmp_path / "good.pt")["args"].arch == "wav2vec2"
     torch.save({"model": {}, "cfg": {"path": Path("x")}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="not a checkpoint that torch can read .* could run code"):
+    with pytest.raises(ValueError, match="it holds a 'pathlib.*Path', which could run code"):
         compat.read_checkpoint(tmp_path / "other.pt")
 
 
@@ -65,7 +65,9 @@ def test_a_checkpoint_from_before_hydra_is_read(tmp_path):
 def test_bytes_that_are_no_checkpoint(tmp_path, content):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.pt: not a checkpoint that torch can read"):
+    with pytest.raises(
+        ValueError, match=r"bad\.pt: (the file is empty|not a checkpoint file of|the end .* is missing)"
+    ):
         compat.read_checkpoint(path)
 
 
@@ -81,3 +83,34 @@ def test_a_checkpoints_task_gains_the_keys_that_only_the_running_fairseq_has():
     OmegaConf.set_struct(saved, True)
     compat.complete_task_config(saved, current)
     assert saved == {"labels": "ltr", "new": 1}
+
+
+def test_a_language_model_over_labels_scores_the_labels_of_the_dictionary(tmp_path):
+    pytest.importorskip("flashlight.lib.text", reason="needs a decoder: pip install flashlight-text")
+    from fairseq.data import Dictionary
+    from omegaconf import OmegaConf
+
+    from fairseq_w2v2_light.data.ngram import estimate
+
+    dictionary = Dictionary()
+    for symbol in "|ETAONIHSRDLU":
+        dictionary.add_symbol(symbol)
+    sentences = [["T", "H", "E", "|", "E", "N", "D", "|"], ["A", "|", "T", "O", "N", "|"]]
+    ngram = estimate(sentences, 3, vocabulary=dictionary.symbols[4:])
+    ngram.save(tmp_path / "lm.arpa")
+    cfg = OmegaConf.create(
+        dict(nbest=1, unitlm=True, lexicon=None, lmpath=str(tmp_path / "lm.arpa"), beam=50, beamthreshold=50.0)
+    )
+    cfg.update(dict(beamsizetoken=None, lmweight=1.0, silweight=0.0, wordscore=0.0))
+    with compat.mended_kenlm_decoder():
+        decoders = sys.modules["examples.speech_recognition.new.decoders.flashlight_decoder"]
+        decoder = decoders.KenLMDecoder(cfg, dictionary)
+        for symbol in dictionary.symbols[4:]:
+            _, found = decoder.lm.score(decoder.lm.start(False), dictionary.index(symbol))
+            assert found == pytest.approx(ngram.log10(symbol, ["<s>"]), abs=1e-5), symbol
+        frames = torch.full((1, 7, len(dictionary)), -9.0)
+        for frame, symbol in enumerate(("T", "T", "<s>", "H", "E", "E", "|")):
+            frames[0, frame, dictionary.index(symbol)] = 0.0
+        ((hypothesis,),) = decoder.decode(frames)
+    assert "words" not in hypothesis
+    assert dictionary.string(hypothesis["tokens"]) == "| T H E |"

@@ -10,6 +10,7 @@ from tiny_checkpoints import (
     SHAPE,
     container,
     ctc_model,
+    finetuned,
     letters,
     perturb,
     random_audio,
@@ -17,6 +18,7 @@ from tiny_checkpoints import (
     save_ctc,
 )
 
+from fairseq_w2v2_light.export.folder import export_folder
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -49,6 +51,17 @@ def test_streaming_snippet_runs(tmp_path, monkeypatch, capsys):
     run_snippet("StreamingRecognizer")
     *_, whole, resumed = capsys.readouterr().out.replace("\r", "\n").splitlines()
     assert len(resumed) > 20 and whole.startswith(resumed + " [('")
+
+
+def test_recogniser_snippet_runs(tmp_path, monkeypatch, capsys):
+    export_folder(finetuned(tmp_path, layout="large"), tmp_path / "model")
+    for name in ("a.wav", "b.flac"):
+        soundfile.write(str(tmp_path / name), random_audio(16000)[0][0].numpy() * 0.1, 16000)
+    monkeypatch.chdir(tmp_path)
+    run_snippet("Recognizer.from_pretrained")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in lines[::2]] == ["a.wav", "b.flac"]
+    assert lines[1].startswith("[('") and lines[1] == lines[3]
 
 
 def test_every_verb_and_recipe_that_the_readme_names_exists():

@@ -1,4 +1,4 @@
-"""`w2v2-light cost`: parameters, bytes and MACs of a recipe or a checkpoint; with --latency, how long it waits."""
+"""`w2v2-light cost`: parameters, bytes, MACs of a recipe, checkpoint or model folder; with --latency, how it waits."""
 
 import json
 
@@ -7,7 +7,9 @@ from ..study.latency import format_latency, latency
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("source", help="a recipe (YAML path, or name such as pretraining/sew_tiny) or a checkpoint")
+    parser.add_argument(
+        "source", help="a recipe (YAML path, or name such as pretraining/sew_tiny) , a checkpoint, or a model folder"
+    )
     parser.add_argument("overrides", nargs="*", help="model.KEY=VALUE, e.g. model.unique_layers=12")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of 16 kHz audio (default: 10)")
     parser.add_argument(

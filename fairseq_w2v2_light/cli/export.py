@@ -8,16 +8,30 @@ def add_arguments(parser) -> None:
     parser.add_argument("out", help="the folder to write; an earlier export there is replaced")
     parser.add_argument(
         "--format",
-        choices=("folder",),
+        choices=("folder", "onnx"),
         default="folder",
-        help="folder: for `w2v2-light transcribe` and the Python runtime, which need no fairseq (default)",
+        help="folder: for `w2v2-light transcribe` and the Python runtime, which need no fairseq (default); onnx: a "
+        "graph for onnxruntime, for any batch and length",
     )
-    parser.add_argument("--dtype", default="float32", help="of the stored weights: float32 (default), bfloat16")
+    parser.add_argument(
+        "--operating-point",
+        default="",
+        metavar="POINT",
+        help="onnx: the one to run at, e.g. s2q1k2 (default: the model's own)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the stored weights: float32 (default); folder: bfloat16; onnx: int8, those of the Linears",
+    )
     parser.add_argument("--dictionary", help="dict.ltr.txt, for a checkpoint that holds no labels")
-    parser.add_argument("--sentencepiece", help="the labels' sentencepiece model, to be kept with them")
+    parser.add_argument("--sentencepiece", help="folder: the labels' sentencepiece model, to be kept with them")
 
 
 def run(args) -> int:
+    _refuse_options_of_other_formats(args)
+    if args.format == "onnx":
+        return _export_onnx(args)
     from ..export.folder import export_folder
 
     model = export_folder(args.checkpoint, args.out, args.dictionary, args.sentencepiece, args.dtype)
@@ -28,3 +42,28 @@ def run(args) -> int:
         f"operating points {', '.join(map(str, model.config.operating_points.points()))}"
     )
     return 0
+
+
+def _export_onnx(args) -> int:
+    from ..export.onnx import export_onnx
+    from ..runtime.load import load_ctc
+
+    if args.dtype not in ("float32", "int8"):
+        raise ValueError(f"--dtype: found '{args.dtype}', expected float32 or int8 with --format onnx")
+    model = load_ctc(args.checkpoint, args.dictionary)
+    written = export_onnx(model, args.out, args.operating_point, int8=args.dtype == "int8")
+    print(
+        f"{args.checkpoint} -> {args.out}: {args.dtype}, operating point {written.point}, {written.bytes / 2**20:.1f} "
+        f"MiB; logits of noise differ from the model's by at most {written.difference:.1e} (relative error "
+        f"{written.relative_error:.1e}), the best label agrees in {written.agreement:.1%} of frames"
+    )
+    return 0
+
+
+def _refuse_options_of_other_formats(args) -> None:
+    for option, formats, given in (
+        ("--operating-point", ("onnx",), bool(args.operating_point)),
+        ("--sentencepiece", ("folder",), args.sentencepiece is not None),
+    ):
+        if given and args.format not in formats:
+            raise ValueError(f"{option}: is for --format {formats[0]}, not for --format {args.format}; leave it out")

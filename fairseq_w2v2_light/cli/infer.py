@@ -9,7 +9,6 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from fairseq_w2v2_light.files import atomic_path
 from fairseq_w2v2_light.paths import user_dir
+from fairseq_w2v2_light.runtime.lm import require_flashlight
 
 PASS_THROUGH = True
 
@@ -33,8 +33,13 @@ Decodes dataset.gen_subset (default: test) with fairseq's examples/speech_recogn
   dataset.gen_subset=valid               another split
   common_eval.results_path=FOLDER        keep hypotheses, references and WER in FOLDER/SPLIT
   common_eval.post_process=sentencepiece for labels other than letters
-  decoding.type=kenlm decoding.lmpath=.. decoding.lexicon=..   decode with a language model (needs flashlight-text)
+  decoding.type=kenlm decoding.lmpath=words.arpa decoding.beam=50
+                                         decode with a language model over words (needs flashlight-text);
+                                         decoding.lmweight, .wordscore, .silweight: see w2v2-light tune-lm
+  decoding.lexicon=lexicon.txt           ... and these words, or spellings, instead of the language model's own
+  decoding.unitlm=true                   ... over labels, without a lexicon
   --config-dir DIR --config-name NAME    read the overrides from DIR/NAME.yaml
+  --trust-checkpoint                     let a checkpoint run the code that it may hold; only if you trust who made it
 """
 
 # Keys that hold a path. Users mean them from where they stand, but hydra changes the working directory.
@@ -97,7 +102,9 @@ def infer(argv: List[str]) -> List[Dict[str, Any]]:
     results: List[Dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="w2v2-light-infer-") as scratch:
         overrides = default_overrides(arguments, scratch) + compat.job_overrides("infer") + arguments.overrides
-        adapt = functools.partial(_adapt_task, cwd=Path.cwd(), multirun=arguments.multirun, results=results)
+        adapt = functools.partial(
+            _adapt_task, cwd=Path.cwd(), scratch=Path(scratch), multirun=arguments.multirun, results=results
+        )
         try:
             compat.run_infer(flags + overrides, adapt)
         except _JobFailed as failure:
@@ -131,7 +138,9 @@ def _without(argv: List[str], overrides: List[str]) -> List[str]:
     return rest
 
 
-def _adapt_task(function: Callable, cwd: Path, multirun: bool, results: List[Dict[str, Any]]) -> Callable:
+def _adapt_task(
+    function: Callable, cwd: Path, scratch: Path, multirun: bool, results: List[Dict[str, Any]]
+) -> Callable:
     """Wraps infer's hydra entry: prepares its config, counts what it decodes and keeps the result."""
 
     namespace = function.__globals__
@@ -140,11 +149,12 @@ def _adapt_task(function: Callable, cwd: Path, multirun: bool, results: List[Dic
     def adapted(cfg):
         try:
             job_dir = Path.cwd()
-            point = prepare_config(cfg, cwd, job_dir, multirun)
+            point = prepare_config(cfg, cwd, job_dir, multirun, scratch)
             # hydra's multirun calls this once a job: start from infer's own class every time.
             namespace["InferenceProcessor"] = _counting(stock, results)
             jobs = len(results)
-            wer = function(cfg)
+            with _decoders(cfg):
+                wer = function(cfg)
             # common.suppress_crashes=true ends a job without a result.
             for result in results[jobs:]:
                 result.update(operating_point=point, results_path=cfg.decoding.results_path)
@@ -153,6 +163,13 @@ def _adapt_task(function: Callable, cwd: Path, multirun: bool, results: List[Dic
             raise _JobFailed() from error
 
     return adapted
+
+
+def _decoders(cfg):
+    """Context in which fairseq's decoders do what the config asks for."""
+    from fairseq_w2v2_light import compat
+
+    return compat.mended_kenlm_decoder() if str(cfg.decoding.type) == "kenlm" else contextlib.nullcontext()
 
 
 def _counting(processor: type, results: List[Dict[str, Any]]) -> type:
@@ -217,13 +234,18 @@ def _counting(processor: type, results: List[Dict[str, Any]]) -> type:
     return CountingProcessor
 
 
-def prepare_config(cfg, cwd: Path, job_dir: Path, multirun: bool = False) -> Optional[str]:
+def prepare_config(
+    cfg, cwd: Path, job_dir: Path, multirun: bool = False, scratch: Optional[Path] = None
+) -> Optional[str]:
     """Completes infer's composed config in place and verifies what it names; returns the operating point, if any.
 
-    `cwd` is where the user stands, `job_dir` where hydra runs the job. Raises ValueError and FileNotFoundError.
+    `cwd` is where the user stands, `job_dir` where hydra runs the job, `scratch` a folder for files that the job needs
+    (default: `job_dir`). Raises ValueError and FileNotFoundError.
     """
     import torch
     from omegaconf import OmegaConf, open_dict
+
+    from fairseq_w2v2_light import compat
 
     with open_dict(cfg):
         if cfg.get("task") is None:
@@ -240,11 +262,14 @@ def prepare_config(cfg, cwd: Path, job_dir: Path, multirun: bool = False) -> Opt
                 f"distributed_training.distributed_world_size is {cfg.distributed_training.distributed_world_size}; "
                 "w2v2-light infer decodes in one process: expected 1"
             )
-        if str(cfg.decoding.type) != "viterbi" and importlib.util.find_spec("flashlight") is None:
-            raise ValueError(
-                f"decoding.type is {cfg.decoding.type}, which needs the Python package flashlight-text; "
-                "install it, or decode without a language model: decoding.type=viterbi"
-            )
+        if str(cfg.decoding.type) != "viterbi":
+            try:
+                require_flashlight()
+            except ValueError as error:
+                raise ValueError(f"decoding.type={cfg.decoding.type}: {error}; or decoding.type=viterbi") from None
+        if str(cfg.decoding.type) == "fairseqlm":
+            # fairseq's decoder would let it run what it holds, with torch 2.1
+            compat.read_checkpoint(cfg.decoding.lmpath)
         # fairseq-fixed's infer.yaml names a folder of its author's here.
         if cfg.common.user_dir is None or cfg.common.user_dir.startswith("/private/"):
             cfg.common.user_dir = str(user_dir())
@@ -264,8 +289,47 @@ def prepare_config(cfg, cwd: Path, job_dir: Path, multirun: bool = False) -> Opt
         if cfg.common_eval.post_process == "letter" and any(symbol.startswith("\u2581") for symbol in symbols):
             logger.warning("the checkpoint's symbols are sentencepieces: using common_eval.post_process=sentencepiece")
             cfg.common_eval.post_process = "sentencepiece"
+        if str(cfg.decoding.type) == "kenlm":
+            prepare_language_model(cfg.decoding, symbols, scratch or job_dir)
         check_split(cfg.task.data, cfg.dataset.gen_subset, labels, symbols, cfg.task.get("min_sample_size"))
     return None if point is None else str(point)
+
+
+def prepare_language_model(decoding, symbols: List[str], folder: Path) -> None:
+    """Checks the n-gram and lexicon of infer's `decoding` section, and gives fairseq's decoder a lexicon it can read.
+
+    symbols: the checkpoint's, without fairseq's own; none where it does not tell. A lexicon is completed as `transcribe
+    --lexicon` does (words alone are spelled, a missing final `|` added), and made of the n-gram's words where none is
+    given; it is written into `folder`. Raises ValueError and FileNotFoundError that name file and line.
+    """
+    from fairseq_w2v2_light.data.manifest import SPECIAL_SYMBOLS
+    from fairseq_w2v2_light.runtime.arpa import check_ngram_file
+    from fairseq_w2v2_light.runtime.lexicon import held_endings, load_lexicon
+    from fairseq_w2v2_light.runtime.text import Labels
+
+    if "lmpath" not in decoding or not decoding.lmpath:
+        raise ValueError("decoding.type=kenlm needs a language model: decoding.lmpath=FILE, an .arpa or KenLM's .bin")
+    ngram = check_ngram_file(decoding.lmpath)
+    if decoding.unitlm and decoding.lexicon is None:
+        if ngram.words is not None and symbols and not set(symbols) & set(ngram.words):
+            raise ValueError(
+                f"{decoding.lmpath}: the n-gram has none of the checkpoint's labels; decoding.unitlm=true needs one "
+                "that was made from the label files (train.ltr), not from words"
+            )
+        return
+    if not symbols:
+        if decoding.lexicon is None:
+            raise ValueError("decoding.lexicon is missing; the checkpoint holds no dictionary to spell words with")
+        return
+    labels = Labels([*SPECIAL_SYMBOLS, *symbols])
+    lexicon = load_lexicon(decoding.lmpath, decoding.lexicon, ngram, labels)
+    path = folder / "lexicon.txt"
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for word, spellings in lexicon.items():
+            # a language model over labels would count the last one twice
+            for spelling in spellings if decoding.unitlm else held_endings(spellings, labels):
+                file.write(f"{word}\t{' '.join(labels.symbols[index] for index in spelling)}\n")
+    decoding.lexicon = str(path)
 
 
 def add_operating_point(model_overrides: str, point: str) -> str:
@@ -296,7 +360,7 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
     or has no operating points but is to run at one.
     """
     from fairseq_w2v2_light import compat
-    from fairseq_w2v2_light.models.checkpoint import require_finite_weights
+    from fairseq_w2v2_light.models.checkpoint import CTC_MODELS, encoder_weights, require_finite_weights, require_size
 
     state = compat.read_checkpoint(path)
     model = compat.checkpoint_section(state, "model")
@@ -314,6 +378,8 @@ def check_checkpoint(path: str, point: Optional[str]) -> Tuple[Optional[str], Li
             "(it holds no w2v2_light or stochastic_sew model); leave decoding.operating_point out"
         )
     require_finite_weights(state["model"], path)
+    if name in CTC_MODELS and isinstance(model.get("w2v_args"), dict):
+        require_size(model["w2v_args"].get("model") or {}, encoder_weights(state["model"]), path)
     return labels, symbols
 
 

@@ -13,6 +13,7 @@ import traceback
 from typing import List, Optional, Sequence
 
 from fairseq_w2v2_light import __version__
+from fairseq_w2v2_light.trust import TRUST_HELP, TRUST_OPTION, trusting_checkpoints
 
 PROGRAM = "w2v2-light"
 
@@ -28,8 +29,17 @@ VERBS = {
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
+    "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
+    "lm": ("lm", "make an n-gram language model of a small text, as an ARPA file"),
+    "tune-lm": ("tune_lm", "find the weights of a language model on a development set"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
 }
+
+# those that read checkpoints, and take --trust-checkpoint
+CHECKPOINT_VERBS = (
+    *("convert", "student", "prune", "cost", "export", "stream", "infer"),
+    *("transcribe", "evaluate", "quantize", "tune-lm"),
+)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -76,6 +86,13 @@ def _dispatch(arguments: List[str]) -> int:
         return 0
     if verb not in VERBS:
         raise ValueError(_unknown(verb))
+    if verb in CHECKPOINT_VERBS and TRUST_OPTION in rest:
+        with trusting_checkpoints():
+            return _run(verb, [argument for argument in rest if argument != TRUST_OPTION])
+    return _run(verb, rest)
+
+
+def _run(verb: str, rest: List[str]) -> int:
     module_name, purpose = VERBS[verb]
     module = importlib.import_module(f"fairseq_w2v2_light.cli.{module_name}")
     if getattr(module, "PASS_THROUGH", False):
@@ -84,6 +101,8 @@ def _dispatch(arguments: List[str]) -> int:
         prog=f"{PROGRAM} {verb}", description=purpose[0].upper() + purpose[1:] + ".", allow_abbrev=False
     )
     module.add_arguments(parser)
+    if verb in CHECKPOINT_VERBS:
+        parser.add_argument(TRUST_OPTION, action="store_true", help=TRUST_HELP)
     return module.run(parser.parse_args(rest))
 
 

@@ -161,19 +161,9 @@ def _add_table(kinds) -> None:
     _add_label_options(parser)
 
 
-def _columns(given: str) -> Dict[str, str]:
-    columns = {}
-    for item in filter(None, given.split(",")):
-        name, _, column = item.partition("=")
-        if not column:
-            raise ValueError(f"--columns {item}: expected NAME=COLUMN, for example text=sentence")
-        columns[name.strip()] = column.strip()
-    return columns
-
-
 def _table(args: argparse.Namespace) -> int:
     corpus.refuse_existing(args.out, args.force)
-    utterances = sources.read_table(args.file, _columns(args.columns))
+    utterances = sources.read_table(args.file, sources.parse_columns(args.columns))
     splits: Dict[str, List[sources.Utterance]] = {}
     for utterance in utterances:
         splits.setdefault(utterance.split, []).append(utterance)

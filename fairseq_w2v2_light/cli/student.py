@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..trust import TRUST_HELP, TRUST_OPTION
+
 PASS_THROUGH = True
 
 
@@ -61,6 +63,8 @@ def run(args) -> int:
         allow_abbrev=False,
     )
     add_arguments(parser)
+    # taken away before; here for --help
+    parser.add_argument(TRUST_OPTION, action="store_true", help=TRUST_HELP)
     # overrides may follow the options
     options = parser.parse_intermixed_args(args.rest)
 

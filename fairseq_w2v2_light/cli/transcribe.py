@@ -12,13 +12,13 @@ from typing import Dict, List, Optional, Sequence
 
 from ..files import atomic_write_text
 from ..runtime.audio import duration
+from . import recognition_options
 from .stream import STANDARD_INPUT, Screen
 
 AUDIO_SUFFIXES = frozenset(
     ".aif .aifc .aiff .amr .au .caf .flac .mp3 .nist .oga .ogg .opus .rf64 .snd .sph .voc .w64 .wav .wave".split()
 )
 FORMATS = ("text", "json", "srt", "vtt", "ctm")
-DTYPES = ("auto", "float32", "bfloat16", "int8")
 EXIT_FAILED = 1
 _BAR_COLUMNS = 30
 _SUBTITLES = ("srt", "vtt")
@@ -49,8 +49,7 @@ def add_arguments(parser) -> None:
         metavar="FILE|DIR|-",
         help="audio files, folders, or - for standard input: raw 16-bit little-endian mono PCM, or any audio file",
     )
-    add_model_arguments(parser)
-    add_decoder_arguments(parser)
+    recognition_options.add_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the results (default: text)")
     parser.add_argument("--out", metavar="DIR", help="write a file for each recording here")
     parser.add_argument("--sample-rate", type=int, metavar="HZ", help="of raw PCM (default: the model's)")
@@ -64,59 +63,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress and no report on standard error")
 
 
-def add_model_arguments(parser) -> None:
-    """The options that choose a model and how it runs; `load_recognizer` reads them."""
-    parser.add_argument(
-        "--model", required=True, metavar="FOLDER|CHECKPOINT", help="an exported model folder or a CTC checkpoint"
-    )
-    parser.add_argument("--operating-point", default="", metavar="POINT", help="e.g. s2q1k2 (default: the model's own)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="what the network computes in (default: what the model is in)"
-    )
-    parser.add_argument("--dictionary", metavar="FILE", help="dict.ltr.txt, for a checkpoint that holds none")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-
-
-def add_decoder_arguments(parser) -> None:
-    """The options that choose a decoder; `decoder_of` reads them."""
-    parser.add_argument("--beam", type=int, metavar="N", help="prefixes kept (default: 1, greedy; the LM's own)")
-    parser.add_argument("--lm", metavar="FILE", help="decode with this KenLM n-gram (.arpa or .bin)")
-    parser.add_argument("--lexicon", metavar="FILE", help="words and their spellings, for --lm (default: any words)")
-    parser.add_argument("--lm-weight", type=float, metavar="WEIGHT", help="of the language model's score")
-    parser.add_argument("--word-score", type=float, metavar="SCORE", help="added for each word")
-
-
 def load_recognizer(args):
     """The Recognizer that parsed options describe."""
-    _check_decoder_options(args)
-    from ..runtime.recognizer import Recognizer
-
-    recognizer = Recognizer.from_pretrained(
-        args.model,
-        operating_point=args.operating_point,
-        dtype=args.dtype,
-        threads=args.threads,
-        dictionary=args.dictionary,
-    )
-    decoder = decoder_of(args, recognizer.labels)
-    if decoder is not None:
-        recognizer.decoder = decoder
-    return recognizer
-
-
-def decoder_of(args, labels):
-    """The decoder that parsed options describe, for a model's Labels; None: the greedy one."""
-    if args.lm is None:
-        if args.beam in (None, 1):
-            return None
-        from ..runtime.recognizer import BeamDecoder
-
-        return BeamDecoder(labels, args.beam)
-    from ..runtime.lm import LanguageModelDecoder
-
-    options = {"lm_weight": args.lm_weight, "word_score": args.word_score, "beam": args.beam}
-    given = {name: value for name, value in options.items() if value is not None}
-    return LanguageModelDecoder(labels, args.lm, args.lexicon, **given)
+    return recognition_options.recognizer(args, (lambda line: None) if args.quiet else recognition_options.note)
 
 
 def run(args) -> int:
@@ -211,10 +160,8 @@ def _audio_files(folder: str) -> List[str]:
 
 
 def _check_options(args) -> None:
-    for name in ("beam", "threads", "sample_rate"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: found {value}, expected 1 or more")
+    if args.sample_rate is not None and args.sample_rate < 1:
+        raise ValueError(f"--sample-rate: found {args.sample_rate}, expected 1 or more")
     if not 0 < args.batch_seconds < float("inf"):
         raise ValueError(f"--batch-seconds: found {args.batch_seconds:g}, expected a positive number")
     if args.sample_rate is not None and STANDARD_INPUT not in args.sources:
@@ -223,13 +170,7 @@ def _check_options(args) -> None:
         raise ValueError("standard output is closed; expected a file, pipe or terminal there, or --out")
     if STANDARD_INPUT in args.sources:
         _standard_input()
-    _check_decoder_options(args)
-
-
-def _check_decoder_options(args) -> None:
-    for name in ("lexicon", "lm_weight", "word_score"):
-        if getattr(args, name) is not None and args.lm is None:
-            raise ValueError(f"--{name.replace('_', '-')}: only for decoding with --lm")
+    recognition_options.check(args)
 
 
 def _check_outputs(args, recordings: Sequence[Recording]) -> None:

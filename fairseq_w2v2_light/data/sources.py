@@ -186,6 +186,17 @@ def read_table(path: Path, columns: Optional[Dict[str, str]] = None) -> List[Utt
     return utterances
 
 
+def parse_columns(given: str) -> Dict[str, str]:
+    """The `columns` of `read_table` that `path=A,text=B` names; raises ValueError for another form."""
+    columns = {}
+    for item in filter(None, given.split(",")):
+        name, _, column = item.partition("=")
+        if not column:
+            raise ValueError(f"--columns {item}: expected NAME=COLUMN, for example text=sentence")
+        columns[name.strip()] = column.strip()
+    return columns
+
+
 def _split_name(name: str, where: str) -> str:
     if name and not SPLIT_NAME.fullmatch(name):
         raise ValueError(f"{where}: split {name!r}: expected letters, digits, '-' and '_'")

@@ -30,8 +30,12 @@ def normalise_text(text: str, how: str = "upper") -> str:
     text = unicodedata.normalize("NFC", text)
     if how == "none":
         return " ".join(text.split())
+    return remove_punctuation(text.upper() if how == "upper" else text.lower())
+
+
+def remove_punctuation(text: str) -> str:
+    """Keeps letters, digits and apostrophes; other signs become white space, which is collapsed."""
     text = text.translate(TYPOGRAPHIC_APOSTROPHES)
-    text = text.upper() if how == "upper" else text.lower()
     kept = "".join(char if char == "'" or unicodedata.category(char)[0] in "LNM" else " " for char in text)
     return " ".join(word for word in kept.split() if word.strip("'"))
 

@@ -3,7 +3,7 @@
 import contextlib
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from fairseq import checkpoint_utils
@@ -12,6 +12,8 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .. import compat
+from ..nn.backbone import Backbone
+from ..nn.config import encoder_config_from
 from ..nn.positions import FRAME_CORRELATION, causal_kernel, causal_weights
 
 ENCODER_MODELS = ("w2v2_light", "stochastic_sew")
@@ -45,7 +47,12 @@ def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
         state = compat.read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{key}: {error}") from error
-    return {**state, "cfg": _as_config(state.get("cfg") or state["args"]), "args": None}
+    try:
+        cfg = _as_config(state.get("cfg") or state["args"])
+    except Exception as error:  # hydra and omegaconf raise nearly any type on what they do not know
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{key}: {path}: its configuration is malformed ({type(error).__name__}: {reason})") from error
+    return {**state, "cfg": cfg, "args": None}
 
 
 def _as_config(cfg) -> DictConfig:
@@ -73,12 +80,14 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
             f"{', '.join((STOCK_ENCODER, *ENCODER_MODELS, *CTC_MODELS))}"
         )
     if name not in CTC_MODELS:
+        require_size(state["cfg"].model, state["model"], f"{key}: {path}")
         return EncoderCheckpoint(as_light(state["cfg"]), state["model"])
 
     encoder_cfg = state["cfg"].model.w2v_args
     if encoder_cfg is None or model_name(encoder_cfg) not in (STOCK_ENCODER, *ENCODER_MODELS):
         raise ValueError(f"{key}: '{path}' is a CTC checkpoint whose encoder is not a wav2vec 2.0 model")
     weights = encoder_weights(state["model"])
+    require_size(encoder_cfg.model, weights, f"{key}: {path}")
     head = {part: state["model"].get(f"w2v_encoder.proj.{part}") for part in ("weight", "bias")}
     dictionary = (state.get("task_state") or {}).get("target_dictionary")
     return EncoderCheckpoint(
@@ -87,6 +96,29 @@ def load_encoder(path, key: str = "checkpoint") -> EncoderCheckpoint:
         None if head["weight"] is None else head,
         None if dictionary is None else list(dictionary.symbols),
     )
+
+
+def require_size(model: Mapping[str, Any], weights: Dict[str, Any], where: str) -> None:
+    """Raises ValueError when an encoder's configuration describes no network, or one of far more than `weights` hold.
+
+    Called before memory is given to the network.
+    """
+    try:
+        config = encoder_config_from(complete_model(model, "w2v2_light"))
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            asked = sum(parameter.numel() for parameter in Backbone(config).parameters())
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{where}: its configuration describes no network that can be built: {error}") from error
+    held = sum(value.numel() for value in weights.values() if torch.is_tensor(value))
+    if asked > 2 * held + _SMALL:
+        raise ValueError(
+            f"{where}: its configuration describes {asked:,} parameters, but it holds {held:,}; the file was changed, "
+            "or is incomplete"
+        )
+
+
+# parameters of a network that any machine can hold
+_SMALL = 10_000_000
 
 
 def encoder_weights(weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

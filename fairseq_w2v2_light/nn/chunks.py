@@ -28,18 +28,18 @@ class ChunkLayout:
         self.time = time
         self.size = size
         self.left = left
-        chunks = -(-time // size)
+        chunks = pooled_length(time, size)
         originals = torch.arange(chunks * size if ahead else time, device=device)
         numbers = torch.arange(chunks, device=device)
         copies = ((numbers + 1) * size).unsqueeze(1) + torch.arange(ahead, device=device)
-        self.originals = len(originals)
+        self.originals = originals.size(0)
         # the frame that stands at each place, and the chunk that it belongs to
         self.frame = torch.cat([originals, copies.flatten()])
         self.chunk = torch.cat([originals // size, numbers.repeat_interleave(ahead)])
 
     def extend(self, x: Tensor) -> Tensor:
         """Adds the copies: (batch, time, channel) -> (batch, places, channel)."""
-        if len(self.frame) == self.time:
+        if self.frame.size(0) == self.time:
             return x
         return x.index_select(1, self.frame.clamp(max=self.time - 1))
 
@@ -51,7 +51,7 @@ class ChunkLayout:
         """(pooled places, pooled places) bool: True where a query's chunk hears a key. Windows never cross chunks."""
         query_chunk = self.chunk[::query_pool].unsqueeze(1)
         chunk, frame = self.chunk[::kv_pool], self.frame[::kv_pool]
-        is_copy = torch.arange(len(chunk), device=chunk.device) >= pooled_length(self.originals, kv_pool)
+        is_copy = torch.arange(chunk.size(0), device=chunk.device) >= pooled_length(self.originals, kv_pool)
         past = (chunk < query_chunk) & (frame >= query_chunk * self.size - self.left) & ~is_copy
         return past | (chunk == query_chunk)
 
@@ -68,7 +68,7 @@ class ChunkMask:
         if mask is not None:
             lengths = mask.valid.sum(1, keepdim=True)
             self.valid = layout.frame < lengths
-        elif len(layout.frame) > layout.time:
+        elif layout.frame.size(0) > layout.time:
             self.valid = (layout.frame < layout.time).unsqueeze(0)
         self._attention: Dict[Tuple[int, int], Tensor] = {}
 

@@ -327,6 +327,35 @@ def encoder_config_from(model: Mapping[str, Any]) -> EncoderConfig:
     Keys that the plugin adds may be missing: off. Raises ValueError that names the key for what we do not have
     (conformer layers, stacked positions, quantised inputs) and for malformed values.
     """
+    try:
+        _check_sizes(model)
+        return _encoder_config_from(model)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"model: a value of its configuration is malformed ({error!r})") from error
+
+
+# no network is as deep, or as wide
+_MOST = {
+    "encoder_layers": 1000,
+    "encoder_embed_dim": 1_000_000,
+    "encoder_ffn_embed_dim": 1_000_000,
+    "encoder_attention_heads": 1_000_000,
+    "conv_pos": 1_000_000,
+    "conv_pos_groups": 1_000_000,
+}
+
+
+def _check_sizes(model: Mapping[str, Any]) -> None:
+    """Raises ValueError for sizes that would take all memory or time, before anything is made of them."""
+    for key, most in _MOST.items():
+        if type(model[key]) is not int or not 1 <= model[key] <= most:
+            raise ValueError(f"{key}: found {model[key]!r}, expected a number from 1 to {most:,}")
+    unsqueeze = model.get("unsqueeze_factor") or 1
+    if not 1 <= unsqueeze <= _MOST["encoder_layers"]:
+        raise ValueError(f"unsqueeze_factor: found {unsqueeze}, expected 1 to {_MOST['encoder_layers']:,}")
+
+
+def _encoder_config_from(model: Mapping[str, Any]) -> EncoderConfig:
     for key, expected in (("layer_type", "transformer"), ("pos_conv_depth", 1), ("quantize_input", False)):
         found = model.get(key, expected)
         if str(found) != str(expected):

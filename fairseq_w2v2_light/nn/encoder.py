@@ -189,8 +189,8 @@ class Encoder(nn.Module):
 
 def _heard_frames(squeezed_mask: FrameMask, factor: int, time: int) -> Tensor:
     """(batch, time, 1) bool: frames of windows that were not dropped; the others are zero, as in SEW."""
-    heard = squeezed_mask.valid.repeat_interleave(factor, dim=1)[:, :time]
-    return F.pad(heard, (0, time - heard.size(1))).unsqueeze(-1)
+    heard = squeezed_mask.valid.repeat_interleave(factor, dim=1)
+    return F.pad(heard, (0, factor)).narrow(1, 0, time).unsqueeze(-1)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ _FORM = re.compile(r"s(\d+)q([\dx-]+)k([\dx-]+)(?:c(\d+))?")
 _ITEM = re.compile(r"(\d+)(?:x(\d+))?")
 _EXPECTED = "expected sSqQkK, for example s2q1k2 (per layer: s1q1-1-2-2k1 or s1q1x6-2x6k1; streaming: s1q1k1c24)"
 _MOST_LAYERS = 1000
+_MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class OperatingPointSpace:
                 f"chunk_frames: found {list(self.chunk)}, expected distinct numbers of frames like [24] (0: the whole "
                 "utterance)"
             )
+        count = math.prod(len(factors) for factors in (*self._sets(), self.chunk))
+        if count > _MOST_POINTS:
+            raise ValueError(f"squeeze_factors: found {count:,} operating points, expected at most {_MOST_POINTS:,}")
 
     def _sets(self) -> Tuple[Tuple[int, ...], ...]:
         return self.squeeze, self.query, self.key_value

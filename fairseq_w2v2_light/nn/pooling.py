@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exporting import is_exporting
 from .masks import FrameMask, pooled_length
 
 
@@ -21,7 +23,7 @@ def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tai
     valid = None if mask is None else mask.valid
     batch, time, channels = x.shape
     windows = pooled_length(time, factor, drop_tail)
-    if valid is None and windows * factor <= time:
+    if valid is None and not is_exporting() and windows * factor <= time:
         return x[:, : windows * factor].unflatten(1, (windows, factor)).mean(2)
 
     if valid is None:
@@ -39,4 +41,6 @@ def repeat_frames(x: Tensor, factor: int, time: int) -> Tensor:
     """Repeats every frame `factor` times and cuts to `time` frames: the inverse of pooling for a constant signal."""
     if factor == 1:
         return x
+    if is_exporting():  # what is cut off differs between times
+        return x.index_select(1, torch.arange(time, device=x.device) // factor)
     return x.repeat_interleave(factor, dim=1)[:, :time]

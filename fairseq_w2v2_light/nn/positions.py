@@ -56,16 +56,18 @@ class WeightNormConv1d(nn.Module):
         past: (batch, channel, kernel - 1), the frames before `x`, for causal convolutions only; None: zeros. gate:
         (channel,) multiplies the result.
         """
-        frames = -(-x.size(-1) // stride)
-        if self.causal:
-            x = F.pad(x, (self.kernel - 1, 0)) if past is None else torch.cat([past, x], dim=-1)
+        if past is None:
+            # one less than the kernel has taps, which makes ceil(time / stride) frames of any time
+            before = self.kernel - 1 if self.causal else self.kernel // 2
+            x = F.pad(x, (before, self.kernel - 1 - before))
+        else:
+            x = torch.cat([past, x], dim=-1)
         if self.places is not None:
             x = x.new_zeros(x.size(0), self.bias.numel(), x.size(2)).index_copy(1, self.places, x)
-        padding = 0 if self.causal else self.kernel // 2
         if gate is not None and self.places is not None:
             gate = torch.zeros_like(self.bias).index_copy(0, self.places, gate.to(self.bias.dtype))
         weight, bias = gated(self.weight(), gate, dim=0), gated(self.bias, gate)
-        y = F.conv1d(x, weight, bias, stride, padding=padding, groups=self.groups)[..., :frames]
+        y = F.conv1d(x, weight, bias, stride, groups=self.groups)
         return y if self.places is None else y.index_select(1, self.places)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def squeeze(
     positions hear (None: zeros), `gate` (channel,) that of their channels.
     """
     pooled = mean_pool(x, factor, mask, drop_tail)
-    return pooled + positions(x, factor, past, gate)[:, : pooled.size(1)]
+    return pooled + positions(x, factor, past, gate).narrow(1, 0, pooled.size(1))
 
 
 class Unsqueeze(nn.Sequential):
@@ -64,25 +64,33 @@ class Unsqueeze(nn.Sequential):
         """Which of the f weight blocks makes each of the `factor` sub-frames; for f = 4, factor 2: [1, 3]."""
         return [(2 * frame + 1) * self.factor // (2 * factor) for frame in range(factor)]
 
+    def weights(self, factor: int) -> Tuple[Tensor, Tensor]:
+        """Weight (factor d, d) and bias (factor d,) of the Linear at a factor."""
+        linear = self[0]
+        if factor == self.factor:
+            return linear.weight, linear.bias
+        blocks = torch.tensor(self.blocks(factor), device=linear.weight.device)
+        weight = linear.weight.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten(0, 1)
+        bias = linear.bias.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten()
+        return weight, bias
+
     def forward(self, x: Tensor, factor: int, time: int, gate: Optional[Tensor] = None) -> Tensor:
         """(batch, squeezed time, channel) -> (batch, time, channel); frames beyond the last window are zero (SEW).
 
         gate: (channel,), before the GELU.
         """
-        linear = self[0]
-        if factor == self.factor:
-            weight, bias = linear.weight, linear.bias
-        else:
-            blocks = torch.tensor(self.blocks(factor), device=x.device)
-            weight = linear.weight.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten(0, 1)
-            bias = linear.bias.unflatten(0, (self.factor, self.dim)).index_select(0, blocks).flatten()
         if gate is None and factor == self.factor:
-            y = linear(x)
+            y = self[0](x)
         else:
+            weight, bias = self.weights(factor)
             gate = None if gate is None else gate.repeat(factor)
             y = F.linear(x, gated(weight, gate, dim=0), gated(bias, gate))
-        y = F.gelu(y).unflatten(-1, (factor, self.dim))
+        return self.spread(F.gelu(y), x, factor, time)
+
+    def spread(self, y: Tensor, x: Tensor, factor: int, time: int) -> Tensor:
+        """`y` (batch, squeezed time, factor d), made of `x` (batch, squeezed time, d), as (batch, time, d)."""
+        y = y.unflatten(-1, (factor, self.dim))
         if self.residual:
             y = y + x.unsqueeze(2)
-        y = y.flatten(1, 2)[:, :time]
-        return F.pad(y, (0, 0, 0, time - y.size(1)))
+        # a factor more than may be missing, so that nothing depends on how many are
+        return F.pad(y.flatten(1, 2), (0, 0, 0, factor)).narrow(1, 0, time)

@@ -1,94 +1,297 @@
-"""Weights laid out once for the CPU's matrix products, instead of in every call.
+"""A network laid out for inference in fp32 on a CPU: it computes the same, in less time.
 
-A stream runs few frames at a time, so that its Linears spend more time on ordering their weights than on multiplying:
-with oneDNN's packed weights a Linear of 24 frames takes half the time, one of 500 frames four fifths.
+oneDNN runs what torch composes: Linears and convolutions whose weights are ordered for it once instead of in every
+call, channels innermost in memory, and the GELU applied to a result that is still in the cache. Weight norm and the
+frontend's GroupNorm go into the weights.
 """
 
 from __future__ import annotations
+
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.frontend import ChannelsLastConv1d, windows
+from ..nn.activations import get_activation
+from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.gates import Gates
-from ..nn.positions import WeightNormConv1d
+from ..nn.layer import EncoderLayer
+from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
+from .ctc import CtcModel
+from .widen import widen_
+
+# oneDNN's names of no activation, and of the exact GELU, with its algorithm
+_NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
+# frames of the frontend at a time: 2.56 s, 8,192 frames of its first layer
+PIECE_FRAMES = 128
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear for inference in fp32 on a CPU; `rows` is how many frames it will mostly see.
+    """nn.Linear, with a GELU behind it or without; `rows` is how many frames it will mostly see.
 
     The weight is not a parameter any more: it can be neither saved, moved nor trained.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, rows: int):
+    def __init__(self, weight: Tensor, bias: Optional[Tensor], rows: int, gelu: bool = False):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        self.register_buffer("bias", _copy(bias), persistent=False)
+        self._activation, self._algorithm = _GELU if gelu else _NO_ACTIVATION
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self._activation, [], self._algorithm)
 
 
 class PackedConv1d(nn.Module):
-    """ChannelsLastConv1d as one product with a packed weight."""
+    """A convolution over the time of (batch, time, channel), with a GELU behind it or without.
 
-    def __init__(self, conv: ChannelsLastConv1d, rows: int):
+    weight: (channel, in channel / groups, kernel). One weight serves every stride; oneDNN's order of it for a stride is
+    made when that first occurs.
+    """
+
+    def __init__(self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False):
         super().__init__()
-        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
-        self.linear = PackedLinear(conv.weight.transpose(1, 2).flatten(1), conv.bias, rows)
+        self.register_buffer("weight", _channels_last(_copy(weight)), persistent=False)
+        self.register_buffer("bias", _copy(bias), persistent=False)
+        self._padding, self._groups, self._gelu = padding, groups, gelu
+        self._packed: Dict[int, Tensor] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, in channel, time) -> (batch, channel, time), channels innermost in memory."""
-        return self.linear(windows(x, self.kernel, self.stride)).transpose(1, 2)
+    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+        """(batch, time, in channel) -> (batch, frames, channel)."""
+        if stride not in self._packed:
+            self._packed[stride] = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, [0, self._padding], [1, stride], [1, 1], self._groups, [1, x.size(2), 1, x.size(1)]
+            )
+        return _convolve(x, self._packed[stride], self.bias, stride, self._padding, self._groups, self._gelu)
 
 
-class FrozenPositions(WeightNormConv1d):
-    """WeightNormConv1d whose weight is normalised once."""
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    gelu: bool = False,
+) -> Tensor:
+    """Convolution over time: (batch, time, in channel) -> (batch, frames, channel); weight of `_channels_last`."""
+    activation, algorithm = _GELU if gelu else _NO_ACTIVATION
+    image = x.transpose(1, 2).unsqueeze(2)
+    y = torch.ops.mkldnn._convolution_pointwise(
+        image, weight, bias, [0, padding], [1, stride], [1, 1], groups, activation, [], algorithm
+    )
+    return y.squeeze(2).transpose(1, 2)
 
-    def __init__(self, conv: WeightNormConv1d):
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """(channel, in channel, kernel) -> (channel, in channel, 1, kernel), the in channels innermost in memory."""
+    return weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+def _copy(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def familiar_length(frames: int) -> int:
+    """`frames` or a few more, at most one in 32, of which there are few: 32 between any number and its double.
+
+    oneDNN prepares itself for every length that it meets; that takes as long as a second of speech in a small network.
+    """
+    step = 1 << max(0, frames.bit_length() - 6)
+    return -(-frames // step) * step
+
+
+class PackedFrontend(Frontend):
+    """Frontend that runs an utterance in pieces, whose activations stay in the cache, as products without copies.
+
+    Pieces overlap by what the first frame of one hears of the one before. Only the valid frames of a padded batch are
+    computed; the others are 0.
+    """
+
+    def __init__(self, frontend: Frontend):
         nn.Module.__init__(self)
-        self.groups, self.kernel, self.causal = conv.groups, conv.kernel, conv.causal
-        self.register_buffer("frozen", conv.weight().detach().contiguous(), persistent=False)
-        self.register_buffer("bias", conv.bias.detach().clone(), persistent=False)
-        self.register_buffer("places", conv.places, persistent=False)
+        self.shapes, self.padding = frontend.shapes, frontend.padding
+        self.conv_layers = nn.ModuleList(PackedConvLayer(block) for block in frontend.conv_layers)
 
-    def weight(self) -> Tensor:
-        return self.frozen
+    def convolve(
+        self, wave: Tensor, lengths: Optional[Tensor] = None, gates: Optional[Sequence[Optional[Tensor]]] = None
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """See Frontend; there are no gates."""
+        wave = wave.contiguous()
+        batch, samples = wave.shape
+        x = wave.new_zeros(batch, frame_lengths(samples, self.shapes), self.shapes[-1][0])
+        for row, heard in enumerate([samples] * batch if lengths is None else lengths.tolist()):
+            self._hear(wave[row, :heard], x[row])
+        return x, None if lengths is None else frame_lengths(lengths, self.shapes)
+
+    def _hear(self, wave: Tensor, frames: Tensor) -> None:
+        """Writes what an utterance, `wave` (samples,), makes to the first of `frames` (time, channel)."""
+        field, hop = receptive_field(self.shapes)
+        first, *others = self.conv_layers
+        weight, bias = first.normalised(wave)
+        count = frame_lengths(wave.size(0), self.shapes)
+        for start in range(0, count, PIECE_FRAMES):
+            end = min(start + PIECE_FRAMES, count)
+            x = first(wave[start * hop : (end - 1) * hop + field].unsqueeze(1), weight, bias)
+            for layer in others:
+                x = layer(x, layer.weight, layer.bias)
+            frames[start:end] = x
+
+
+class PackedConvLayer(nn.Module):
+    """ConvBlock over (time, channel): each `stride` taps of the kernel make one product with `stride` frames a row.
+
+    weight: (kernel, in channel, channel).
+    """
+
+    def __init__(self, block: ConvBlock):
+        super().__init__()
+        conv, norm = block[0], block[2] if len(block) == 4 else None
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
+        self.register_buffer("weight", conv.weight.detach().permute(2, 1, 0).contiguous(), persistent=False)
+        self.register_buffer("bias", _copy(bias), persistent=False)
+        self.layer_norm = norm[1] if isinstance(norm, ChannelLayerNorm) else None
+        self.group_norm = norm if isinstance(norm, TimeGroupNorm) else None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(time, in channel), contiguous -> (frames, channel), with the layer's own weight and bias or `normalised`."""
+        time, channels = x.shape
+        frames, row = (time - self.kernel) // self.stride + 1, self.stride * channels
+        y = bias
+        for tap in range(0, self.kernel, self.stride):
+            part = weight[tap : tap + self.stride].flatten(0, 1)
+            heard = x.as_strided((frames, part.size(0)), (row, 1), x.storage_offset() + tap * channels)
+            y = torch.addmm(y, heard, part) if tap == 0 else y.addmm_(heard, part)
+        return F.gelu(y if self.layer_norm is None else self.layer_norm(y))
+
+    def normalised(self, wave: Tensor) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of the first layer; with its GroupNorm over `wave` (samples,), if it has one.
+
+        A channel's mean and variance over time follow from those of the samples that its kernel hears: with their mean
+        m and covariance C they are w m and w C w'. In double precision: a difference of squares leaves few digits.
+        """
+        norm = self.group_norm
+        if norm is None:
+            return self.weight, self.bias
+        heard = wave.unfold(0, self.kernel, self.stride).double()
+        mean = heard.mean(0)
+        covariance = heard.t() @ heard / heard.size(0) - torch.outer(mean, mean)
+        kernel = self.weight[:, 0].double()
+        variance = (kernel * (covariance @ kernel)).sum(0).clamp(min=0)
+        scale = norm.weight.double() * (variance + norm.eps).rsqrt()
+        # a bias of the convolution goes with the mean
+        return (self.weight * scale).float(), (norm.bias - scale * (mean @ kernel)).float()
+
+
+class PackedPositions(nn.Module):
+    """ConvPositions whose weight is normalised once."""
+
+    def __init__(self, positions: ConvPositions):
+        super().__init__()
+        conv = positions[0]
+        self.kernel, self.causal = conv.kernel, conv.causal
+        self.channels = conv.bias.numel()
+        self.register_buffer("places", conv.places, persistent=False)
+        padding = 0 if conv.causal else conv.kernel // 2
+        self.conv = PackedConv1d(conv.weight(), conv.bias, padding, conv.groups, gelu=True)
+
+    def forward(
+        self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None, gate: Optional[Tensor] = None
+    ) -> Tensor:
+        """See ConvPositions; there is no gate."""
+        time, before = x.size(1), 0
+        if past is not None:
+            x = torch.cat([past, x], dim=1)
+        elif self.causal:
+            before = self.kernel - 1
+        x = F.pad(x, (0, 0, before, familiar_length(time) - time))
+        if self.places is not None:
+            x = x.new_zeros(x.size(0), x.size(1), self.channels).index_copy(2, self.places, x)
+        y = self.conv(x, stride)[:, : -(-time // stride)]
+        return y if self.places is None else y.index_select(2, self.places)
+
+
+class PackedUnsqueeze(Unsqueeze):
+    """Unsqueeze with one packed Linear for each factor that occurs."""
+
+    def __init__(self, unsqueeze: Unsqueeze, rows: int):
+        nn.Module.__init__(self)
+        self.dim, self.factor, self.residual = unsqueeze.dim, unsqueeze.factor, unsqueeze.residual
+        self.linears = nn.ModuleDict(
+            {
+                str(factor): PackedLinear(*unsqueeze.weights(factor), -(-rows // factor), gelu=True)
+                for factor in range(2, unsqueeze.factor + 1)
+            }
+        )
+
+    def forward(self, x: Tensor, factor: int, time: int, gate: Optional[Tensor] = None) -> Tensor:
+        """See Unsqueeze; there is no gate."""
+        return self.spread(self.linears[str(factor)](x), x, factor, time)
 
 
 def pack_(model: nn.Module, rows: int) -> bool:
-    """Packs the Linears and channels-last convolutions of an fp32 model on a CPU, in place, for inference only.
+    """Lays an fp32 model on a CPU out for inference, in place; it can be neither trained, moved nor saved after that.
 
-    rows: how many frames a call will mostly see. Returns False, and changes nothing, where torch has no such product,
-    or the model is elsewhere or has gates, which change its weights in every call.
+    rows: how many frames a call will mostly see. Returns False, and changes nothing, where this torch has not what it
+    takes, or the model is elsewhere, of another precision, or has gates, which change its weights in every call.
     """
     if any(isinstance(module, Gates) for module in model.modules()):
         return False
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32 or not _can_pack():
         return False
-    _pack_children(model, rows)
+    if isinstance(model, CtcModel):
+        widen_(model)
+    _pack_children(model, rows, _can_convolve())
     return True
 
 
-def _pack_children(module: nn.Module, rows: int) -> None:
+def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
+    if isinstance(module, EncoderLayer):
+        _pack_ffn(module, rows)
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-        elif isinstance(child, ChannelsLastConv1d) and child.in_channels > 1:
-            setattr(module, name, PackedConv1d(child, rows))
-        elif isinstance(child, WeightNormConv1d):
-            setattr(module, name, FrozenPositions(child))
-        elif not isinstance(child, Unsqueeze):  # that takes its weight apart
-            _pack_children(child, rows)
+        elif isinstance(child, Unsqueeze):
+            if not isinstance(child, PackedUnsqueeze):
+                setattr(module, name, PackedUnsqueeze(child, rows))
+        elif isinstance(child, Frontend):
+            if not isinstance(child, PackedFrontend):
+                setattr(module, name, PackedFrontend(child))
+        elif isinstance(child, ConvPositions):
+            if convolutions:
+                setattr(module, name, PackedPositions(child))
+        else:
+            _pack_children(child, rows, convolutions)
+
+
+def _pack_ffn(layer: EncoderLayer, rows: int) -> None:
+    """Moves the layer's GELU, if it is one, into its first Linear."""
+    if isinstance(layer.fc1, nn.Linear) and layer.activation is F.gelu:
+        layer.fc1 = PackedLinear(layer.fc1.weight, layer.fc1.bias, rows, gelu=True)
+        layer.activation = get_activation("linear")
 
 
 def _can_pack() -> bool:
     """Whether this torch has oneDNN's packed product (an internal name of torch), and it computes a product."""
     x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+    expected = F.linear(x, weight, bias)
     try:
-        return torch.allclose(PackedLinear(weight, bias, 3)(x), F.linear(x, weight, bias), atol=1e-5)
+        plain, gelu = (PackedLinear(weight, bias, 3, gelu)(x) for gelu in (False, True))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
+    return torch.allclose(plain, expected, atol=1e-5) and torch.allclose(gelu, F.gelu(expected), atol=1e-5)
+
+
+def _can_convolve() -> bool:
+    """Whether this torch has oneDNN's convolution, as `_can_pack`."""
+    x, weight, bias = torch.randn(1, 9, 8), torch.randn(4, 4, 3), torch.randn(4)
+    expected = F.gelu(F.conv1d(x.transpose(1, 2), weight, bias, stride=2, padding=1, groups=2)).transpose(1, 2)
+    try:
+        found = PackedConv1d(weight, bias, padding=1, groups=2, gelu=True)(x, 2)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return False
+    return torch.allclose(found, expected, atol=1e-5)

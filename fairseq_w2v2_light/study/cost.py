@@ -2,19 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe
 from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, network_config
+from ..nn.backbone import Backbone
 from ..nn.config import EncoderConfig
 from ..nn.counts import SAMPLE_RATE, count_macs, widths_of
 from ..nn.operating_point import OperatingPoint
 from ..nn.positions import causal_kernel
+from ..runtime.folder import is_model_folder, read_folder
 
 LETTERS = 32
 
@@ -38,15 +41,48 @@ class Subject:
         """The configuration of its network."""
         return network_config(self.model)
 
+    @property
+    def own_point(self) -> str:
+        """The text of the operating point that it is fixed to; empty: none."""
+        point = self.model.operating_point
+        return "" if point == STOCHASTIC else point
 
-def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Subject:
-    """Reads a recipe (path or name) or a checkpoint, with `model.key=value` overrides.
+    def build(self) -> nn.Module:
+        """The model, without memory and without gates."""
+        with torch.device("meta"):
+            return W2V2LightModel(OmegaConf.merge(self.model, {"prune_units": []}))
+
+
+@dataclass
+class FolderSubject:
+    """A model folder to count; see `Subject`."""
+
+    network: EncoderConfig
+    own_point: str
+    vocabulary: int
+    normalizes: bool
+    name: str = "model folder"
+    pretraining_heads: bool = False
+
+    def build(self) -> nn.Module:
+        """The network, without memory."""
+        with torch.device("meta"):
+            return Backbone(self.network)
+
+
+def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Union[Subject, FolderSubject]:
+    """Reads a recipe (path or name), checkpoint or model folder; the former two with `model.key=value` overrides.
 
     `vocabulary` is the size of the label dictionary where the source does not say (default 32: LibriSpeech's
     letters). An offline checkpoint that `model.chunk_frames` makes stream gets causal positions, as in training. Raises
     ValueError for an override that is malformed or of a key that the model does not have.
     """
     changes = parse_overrides(overrides)
+    if is_model_folder(source):
+        if changes:
+            raise ValueError(f"'{source}': a model folder is as it is; leave out {' '.join(overrides)}")
+        model = read_folder(source)
+        return FolderSubject(model.config, str(model.point), len(model.symbols), model.normalize)
     if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
         return _checkpoint_subject(source, changes)
     recipe = load_recipe(source)
@@ -100,22 +136,16 @@ def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
     return Subject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg))
 
 
-def count_parameters(subject: Subject) -> Dict[str, int]:
+def count_parameters(subject: Union[Subject, FolderSubject]) -> Dict[str, int]:
     """Stored parameters by part, counted on the model itself (built without memory); shared ones count once.
 
     Parts: frontend, projection, positions, layers, unsqueeze, norms (with the mask vector), heads (quantiser and
     projections of pre-training, or the CTC projection). Gates are no part of a model's size: pruning removes them.
     """
-    return _count_parameters(subject, _build(subject))[0]
+    return _count_parameters(subject, subject.build())[0]
 
 
-def _build(subject: Subject) -> W2V2LightModel:
-    """The model, without memory and without gates."""
-    with torch.device("meta"):
-        return W2V2LightModel(OmegaConf.merge(subject.model, {"prune_units": []}))
-
-
-def _count_parameters(subject: Subject, model: W2V2LightModel) -> Tuple[Dict[str, int], int]:
+def _count_parameters(subject: Union[Subject, FolderSubject], model: nn.Module) -> Tuple[Dict[str, int], int]:
     """The stored parameters by part, and how many those heads of pre-training have that a CTC model has dropped."""
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -123,11 +153,11 @@ def _count_parameters(subject: Subject, model: W2V2LightModel) -> Tuple[Dict[str
     if not subject.vocabulary:
         return parts, 0
     dropped = 0 if subject.pretraining_heads else parts["heads"]
-    parts["heads"] += (subject.model.encoder_embed_dim + 1) * subject.vocabulary - dropped
+    parts["heads"] += (subject.network.dim + 1) * subject.vocabulary - dropped
     return parts, dropped
 
 
-def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
+def cost(subject: Union[Subject, FolderSubject], seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
     """Everything that can be counted, as one JSON-ready dict.
 
     `parameters` are stored ones, `effective_parameters` what they would be without sharing,
@@ -137,7 +167,7 @@ def cost(subject: Subject, seconds: float = 10.0, point: str = "") -> Dict[str, 
     """
     config = subject.network
     chosen = operating_point(subject, point)
-    model = _build(subject)
+    model = subject.build()
     parameters, dropped = _count_parameters(subject, model)
     macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
     total = sum(parameters.values())
@@ -179,11 +209,10 @@ def kept_widths(config: EncoderConfig) -> Dict[str, List[int]]:
     }
 
 
-def operating_point(subject: Subject, point: str = "") -> OperatingPoint:
+def operating_point(subject: Union[Subject, FolderSubject], point: str = "") -> OperatingPoint:
     """The operating point that the text `point` names; empty: the model's own fixed one, else its least reduction."""
     points = subject.network.operating_points
-    own = subject.model.operating_point
-    text = point or ("" if own == STOCHASTIC else own)
+    text = point or subject.own_point
     return points.check(OperatingPoint.parse(text)) if text else points.default
 
 

@@ -77,8 +77,8 @@ def test_a_converted_checkpoint_can_be_trained_with_sharing_overrides(stock, tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a checkpoint that torch can read"),
-        (b"RIFF not a checkpoint", "not a checkpoint that torch can read"),
+        (b"", "the file is empty"),
+        (b"RIFF not a checkpoint", "not a checkpoint file of torch"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, content, message):
@@ -122,7 +122,7 @@ def test_half_a_checkpoint_is_refused(stock, tmp_path, capsys):
         ["cost", str(tmp_path / "half.pt")],
     ):
         assert main(arguments) == 2
-        assert f"{tmp_path / 'half.pt'}: not a checkpoint that torch can read" in capsys.readouterr().err
+        assert f"{tmp_path / 'half.pt'}: the end of the checkpoint is missing" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -12,6 +12,7 @@ import soundfile
 
 from fairseq_w2v2_light.cli.infer import add_operating_point, infer
 from fairseq_w2v2_light.cli.main import main
+from fairseq_w2v2_light.data.ngram import estimate, read_sentences
 
 FIXTURES = Path(__file__).resolve().parents[1] / "tasks" / "conftest.py"
 
@@ -158,7 +159,7 @@ def test_a_missing_checkpoint(capsys, tiny_ctc, tmp_path):
 
 def test_a_file_that_is_no_checkpoint(capsys, tiny_ctc):
     path = tiny_ctc.data / "test.tsv"
-    assert f"{path}: not a checkpoint that torch can read" in failure(capsys, arguments(tiny_ctc, checkpoint=path))
+    assert f"{path}: not a checkpoint file of torch" in failure(capsys, arguments(tiny_ctc, checkpoint=path))
 
 
 def test_a_torch_file_that_is_no_fairseq_checkpoint(capsys, tiny_ctc, tmp_path):
@@ -223,7 +224,7 @@ def test_half_a_checkpoint(capsys, tiny_ctc, tmp_path):
     content = tiny_ctc.checkpoint.read_bytes()
     (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     message = failure(capsys, arguments(tiny_ctc, checkpoint=tmp_path / "half.pt"))
-    assert f"{tmp_path / 'half.pt'}: not a checkpoint that torch can read" in message
+    assert f"{tmp_path / 'half.pt'}: the end of the checkpoint is missing" in message
 
 
 def test_a_checkpoint_of_a_diverged_run(capsys, tiny_ctc, tmp_path):
@@ -285,10 +286,69 @@ def test_several_processes_are_refused(capsys, tiny_ctc):
     assert "decodes in one process" in message
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flashlight") is not None, reason="flashlight is installed")
-def test_a_language_model_without_flashlight(capsys, tiny_ctc):
+def test_a_language_model_without_flashlight(capsys, tiny_ctc, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text.decoder.kenlm", None)
     message = failure(capsys, [*arguments(tiny_ctc), "decoding.type=kenlm", "decoding.lmpath=lm.bin"])
-    assert "needs the Python package flashlight-text" in message
+    assert "decoding.type=kenlm" in message and "`pip install flashlight-text`" in message
+
+
+def language_model(model, out, suffix="wrd", order=2):
+    estimate(read_sentences(model.data / f"train.{suffix}"), order).save(out)
+    return [*arguments(model), "decoding.type=kenlm", f"decoding.lmpath={out}", "decoding.beam=50"]
+
+
+def decoded(folder, name):
+    return [line.rsplit(" (", 1)[0] for line in (folder / name).read_text().splitlines()]
+
+
+def test_a_language_model_over_words(tiny_ctc, tmp_path, elsewhere):
+    pytest.importorskip("flashlight.lib.text", reason="needs a decoder: pip install flashlight-text")
+    argv = language_model(tiny_ctc, tmp_path / "lm.arpa")
+    (result,) = infer([*argv, "common_eval.results_path=out", "decoding.wordscore=20"])
+    assert result["sentences"] == 9
+    words = [line.split() for line in decoded(elsewhere / "out" / "test", "hypo.word")]
+    known = {word for line in (tiny_ctc.data / "train.wrd").read_text().splitlines() for word in line.split()}
+    assert any(words) and {word for line in words for word in line} <= known
+    assert not list((elsewhere / "out" / "test").glob("lexicon*"))
+    (tmp_path / "words").write_text("TEN\nSIX S I X\n")
+    argv += [f"decoding.lexicon={tmp_path / 'words'}", "decoding.wordscore=20", "decoding.results_path=few"]
+    infer(argv)
+    few = {word for line in decoded(elsewhere / "few", "hypo.word") for word in line.split()}
+    assert few and few <= {"TEN", "SIX"}
+
+
+def test_a_language_model_over_labels_without_a_lexicon(tiny_ctc, tmp_path, elsewhere):
+    pytest.importorskip("flashlight.lib.text", reason="needs a decoder: pip install flashlight-text")
+    argv = language_model(tiny_ctc, tmp_path / "lm.arpa", "ltr", 3)
+    (result,) = infer([*argv, "decoding.unitlm=true", "decoding.results_path=out", "decoding.lmweight=0.1"])
+    assert result["sentences"] == 9
+    units, words = (decoded(elsewhere / "out", name) for name in ("hypo.units", "hypo.word"))
+    assert any(words)
+    assert words == [" ".join(line.replace(" ", "").replace("|", " ").split()) for line in units]
+
+
+def test_a_language_model_over_sentencepieces(stochastic_ctc, tmp_path, elsewhere):
+    pytest.importorskip("flashlight.lib.text", reason="needs a decoder: pip install flashlight-text")
+    argv = language_model(stochastic_ctc, tmp_path / "lm.arpa")
+    (result,) = infer([*argv, "decoding.wordscore=20", "decoding.results_path=out"])
+    assert result["sentences"] == 9
+    known = {word for line in (stochastic_ctc.data / "train.wrd").read_text().splitlines() for word in line.split()}
+    words = {word for line in decoded(elsewhere / "out", "hypo.word") for word in line.split()}
+    assert words and words <= known
+
+
+def test_language_models_that_cannot_be_used(capsys, tiny_ctc, tmp_path):
+    pytest.importorskip("flashlight.lib.text", reason="needs a decoder: pip install flashlight-text")
+    argv = language_model(tiny_ctc, tmp_path / "lm.arpa")
+    assert "decoding.lmpath=FILE" in failure(capsys, [*arguments(tiny_ctc), "decoding.type=kenlm"])
+    assert "the n-gram has none of the checkpoint's labels" in failure(capsys, [*argv, "decoding.unitlm=true"])
+    (tmp_path / "words").write_text("TEN\nTIN T \u00dc N |\n", encoding="utf-8")
+    message = failure(capsys, [*argv, f"decoding.lexicon={tmp_path / 'words'}"])
+    assert f"{tmp_path / 'words'}:2: word 'TIN' is spelled with '\u00dc'" in message
+    text = (tmp_path / "lm.arpa").read_text()
+    (tmp_path / "lm.arpa").write_text(text[: len(text) // 2])
+    assert f"{tmp_path / 'lm.arpa'}:" in failure(capsys, argv)
+    assert "no such language model" in failure(capsys, [*arguments(tiny_ctc), *argv[-3:-2], "decoding.lmpath=none"])
 
 
 def test_a_second_copy_of_the_plugin(capsys, tiny_ctc, tmp_path):

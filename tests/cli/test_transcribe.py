@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def recognizer(monkeypatch):
     made = Recognizer()
 
     def load(args):
-        transcribe._check_decoder_options(args)
+        transcribe.recognition_options.check(args)
         made.options = args
         return made
 
@@ -164,27 +163,6 @@ def test_wrong_usage_is_an_error_before_anything_is_done(folder, tmp_path, capsy
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
     assert message in err and out == "" and recognizer.options is None
-
-
-def test_decoders(monkeypatch):
-    def options(**given):
-        names = ("beam", "lm", "lexicon", "lm_weight", "word_score")
-        return SimpleNamespace(**{name: given.get(name) for name in names})
-
-    made = []
-
-    def language_model(labels, lm, lexicon, **settings):
-        made.append((labels, lm, lexicon, settings))
-        return "LM"
-
-    module = SimpleNamespace(LanguageModelDecoder=language_model)
-    monkeypatch.setitem(sys.modules, "fairseq_w2v2_light.runtime.lm", module)
-    labels = SimpleNamespace(blank=0, never=())
-    assert transcribe.decoder_of(options(), labels) is None and transcribe.decoder_of(options(beam=1), labels) is None
-    assert type(transcribe.decoder_of(options(beam=4), labels)).__name__ == "BeamDecoder"
-    assert transcribe.decoder_of(options(lm="a.arpa"), labels) == "LM"
-    assert transcribe.decoder_of(options(lm="a.arpa", lexicon="words", beam=9, lm_weight=0.0), labels) == "LM"
-    assert made == [(labels, "a.arpa", None, {}), (labels, "a.arpa", "words", {"beam": 9, "lm_weight": 0.0})]
 
 
 # --- in a process of its own

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 from fairseq_w2v2_light.nn import Backbone, OperatingPoint, encoder_config
+from fairseq_w2v2_light.nn.frontend import frame_lengths
+from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.streaming import Stream
 from fairseq_w2v2_light.runtime import pack
+from fairseq_w2v2_light.runtime.ctc import CtcModel
 
 
-def network(**changes):
-    torch.manual_seed(0)
+def configured(**changes):
     keys = dict(
         conv_feature_layers="[(16, 10, 5), (16, 3, 2), (16, 2, 2)]",
         extractor_norm="layer",
@@ -24,7 +26,33 @@ def network(**changes):
         chunk_frames=(0, 12),
         left_context_frames=12,
     )
-    return Backbone(encoder_config(**{**keys, **changes})).eval()
+    return encoder_config(**{**keys, **changes})
+
+
+def perturbed(model):
+    """In evaluation, with norms and biases of random values, which their initial ones and zeros would hide."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval().requires_grad_(False)
+
+
+def network(**changes):
+    torch.manual_seed(0)
+    return perturbed(Backbone(configured(**changes)))
+
+
+def transcriber(**changes):
+    torch.manual_seed(0)
+    return perturbed(CtcModel(configured(**changes), ["<s>", *"ABC|"]))
+
+
+def both(make, rows=12, **changes):
+    """The same random network twice, the second one packed."""
+    model, packed = make(**changes), make(**changes)
+    assert pack.pack_(packed, rows)
+    return model, packed
 
 
 def can_pack():
@@ -34,37 +62,139 @@ def can_pack():
 needs_product = pytest.mark.skipif(not can_pack(), reason="this torch has no packed product")
 
 
-@needs_product
-@pytest.mark.parametrize(
-    "changes",
-    (
-        {},
-        {"norm_first": True, "unique_layers": 1, "attention_map_every": 3},
-        {"squeeze_factors": (1, 2), "query_pools": (2,), "kv_pools": (3,)},
-        {"extractor_norm": "group", "chunk_frames": ()},
-        {"conv_bias": False, "extractor_norm": "layer"},
-    ),
+# what pruning leaves of 32 hidden channels, 4 heads of 8 and FFNs of 48: one place of the positions is empty
+PRUNED = dict(
+    norm_first=True,
+    conv_feature_layers="[(13, 10, 5), (11, 3, 2), (31, 2, 2)]",
+    conv_norm_dims=(16, 16, 32),
+    dim=31,
+    head_dim=8,
+    norm_dim=32,
+    conv_pos_group_dims=(8, 8, 7, 8),
+    layer_heads=(1, 0, 3),
+    layer_ffn=(45, 0, 7),
+    chunk_frames=(),
 )
-def test_the_packed_network_computes_the_same(changes):
-    model, packed = network(**changes), network(**changes)
-    packed.load_state_dict(model.state_dict())
-    assert pack.pack_(packed, 12)
+CASES = {
+    "post-LN": {},
+    "pre-LN": {"norm_first": True},
+    "shared layer and map": {"norm_first": True, "unique_layers": 1, "attention_map_every": 3},
+    "shared post-LN": {"unique_layers": 1},
+    "squeezed and pooled": {"squeeze_factors": (1, 2, 3), "query_pools": (2,), "kv_pools": (3,), "chunk_frames": ()},
+    "SEW's": {
+        "squeeze_factors": (2,),
+        "squeeze_tail": "drop",
+        "unsqueeze_residual": False,
+        "chunk_frames": (),
+        "extractor_norm": "group",
+        "conv_feature_layers": "[(8, 10, 5), (16, 3, 2), (16, 1, 1), (32, 2, 2), (32, 1, 1)]",
+    },
+    "GroupNorm": {"extractor_norm": "group", "chunk_frames": (), "conv_bias": False},
+    "GroupNorm, biases": {"extractor_norm": "group", "chunk_frames": ()},
+    "LayerNorm without biases": {"conv_bias": False},
+    "tanh GELU": {"activation": "gelu_fast"},
+    "ReLU": {"activation": "relu"},
+    "kernel below its stride": {"conv_feature_layers": "[(16, 4, 5), (16, 5, 2), (16, 3, 1), (16, 1, 2)]"},
+    "projection": {"conv_feature_layers": "[(16, 10, 5), (24, 3, 2), (20, 2, 2)]"},
+    "pruned": PRUNED,
+    "pruned, post-LN": {**PRUNED, "norm_first": False},
+    "pruned, projected": {**PRUNED, "project_features": True, "conv_norm_dims": ()},
+    "pruned, projected to as many": {
+        **PRUNED,
+        "conv_feature_layers": "[(13, 10, 5), (32, 3, 2)]",
+        "conv_norm_dims": (),
+    },
+    "pruned, squeezed": {**PRUNED, "squeeze_factors": (1, 2, 3), "unsqueeze_residual": True},
+    "pruned to half": {
+        **PRUNED,
+        "dim": 15,
+        "conv_feature_layers": "[(13, 10, 5), (11, 3, 2), (15, 2, 2)]",
+        "conv_pos_group_dims": (4, 4, 3, 4),
+    },
+    "pruned stream": {**PRUNED, "chunk_frames": (12,)},
+    "pruned, group norm": {**PRUNED, "extractor_norm": "group", "conv_norm_dims": (), "project_features": True},
+}
+
+
+@needs_product
+@pytest.mark.parametrize("name", CASES)
+def test_the_packed_network_computes_the_same(name):
+    model, packed = both(transcriber, **CASES[name])
     wave, lengths = torch.randn(2, 1300), torch.tensor([1300, 700])
-    points = list(model.config.operating_points.points())
+    wave[1, 700:] = 0
+    config = model.backbone.config
     with torch.no_grad():
-        for point in points:
-            expected, _ = model.encode(wave, lengths, point)
-            found, _ = packed.encode(wave, lengths, point)
-            torch.testing.assert_close(found.x[0], expected.x[0], atol=1e-5, rtol=1e-5)
-            frames = model.config.frames(700)
-            torch.testing.assert_close(found.x[1, :frames], expected.x[1, :frames], atol=1e-5, rtol=1e-5)
+        for point in config.operating_points.points():
+            expected, counts = model(wave, lengths, point)
+            found, found_counts = packed(wave, lengths, point)
+            assert found.shape == expected.shape and torch.equal(found_counts, counts)
+            for row, count in enumerate(counts.tolist()):
+                torch.testing.assert_close(found[row, :count], expected[row, :count], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(packed(wave, None, point)[0], model(wave, None, point)[0], atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+@pytest.mark.parametrize("norm", ("layer", "group"))
+@pytest.mark.parametrize("frames", (1, 2, 31, 127, 128, 129, 300))
+def test_every_length_gives_the_same_frames(norm, frames):
+    """One frame, whole pieces of the frontend, and one more or less than those."""
+    model, packed = both(network, extractor_norm=norm, chunk_frames=())
+    shortest = 30 + (frames - 1) * 20
+    for samples in (shortest, shortest + 19):
+        assert frame_lengths(samples, model.config.conv_layers) == frames
+        wave = torch.randn(1, samples)
+        expected, found = (one.encode(wave)[0].x for one in (model, packed))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+def test_loud_quiet_and_silent_audio_are_normalised_alike():
+    model, packed = both(network, extractor_norm="group", chunk_frames=())
+    wave = torch.randn(3, 1000) * torch.tensor([[100.0], [1e-4], [0.0]]) + torch.tensor([[50.0], [0.0], [0.0]])
+    expected, found = (one.encode(wave)[0].x for one in (model, packed))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_product
+def test_audio_that_is_a_view_is_read_as_it_stands():
+    model, packed = both(network)
+    wave = torch.randn(1300, 2).t()
+    torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+def test_lengths_in_any_order_are_computed_alike():
+    """oneDNN orders weights for one length; later ones must not depend on the first."""
+    model, packed = both(network, squeeze_factors=(1, 2), chunk_frames=())
+    for samples in (4000, 50, 1300, 30, 4000):
+        wave = torch.randn(1, samples)
+        for point in model.config.operating_points.points():
+            found, expected = (one.encode(wave, point=point)[0].x for one in (packed, model))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+def test_padding_may_hold_anything_finite():
+    model, packed = both(network, extractor_norm="group", chunk_frames=())
+    wave, lengths = torch.randn(2, 1300), torch.tensor([1300, 700])
+    wave[1, 700:] = 1e6
+    alone = model.encode(wave[1:, :700])[0].x
+    found = packed.encode(wave, lengths)[0].x[1:, : alone.size(1)]
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+def test_a_second_packing_changes_nothing():
+    model, packed = both(network, squeeze_factors=(1, 2), chunk_frames=())
+    modules = list(packed.modules())
+    assert pack.pack_(packed, 12) and list(packed.modules()) == modules
+    wave = torch.randn(1, 1300)
+    torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
 
 
 @needs_product
 def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
-    model, packed = network(), network()
-    packed.load_state_dict(model.state_dict())
-    pack.pack_(packed, 12)
+    model, packed = both(network)
     stream = Stream(packed, OperatingPoint(chunk=12))
     wave, state, outputs = torch.randn(1, 1000), stream.start(), []
     rest = wave
@@ -80,11 +210,10 @@ def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
 
 
 @needs_product
-def test_every_linear_but_the_unsqueeze_layer_is_packed():
-    model = network(squeeze_factors=(2,))
-    pack.pack_(model, 12)
-    left = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert left == ["encoder.upsample.0"]
+def test_every_product_is_packed():
+    _, packed = both(network, squeeze_factors=(2,))
+    left = [name for name, module in packed.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d))]
+    assert left == []
 
 
 @pytest.mark.parametrize("change", (lambda model: model.double(), lambda model: model.bfloat16()))
@@ -99,5 +228,19 @@ def test_other_dtypes_stay_as_they_are(change):
 def test_a_torch_without_the_product_changes_nothing(monkeypatch):
     monkeypatch.setattr(pack, "_can_pack", lambda: False)
     model = network()
+    assert not pack.pack_(model, 12)
+    assert isinstance(model.encoder.layers[0].fc1, nn.Linear)
+
+
+def test_a_torch_without_the_convolution_packs_the_rest(monkeypatch):
+    monkeypatch.setattr(pack, "_can_convolve", lambda: False)
+    model, packed = both(network)
+    assert isinstance(packed.encoder.pos_conv, ConvPositions)
+    wave = torch.randn(1, 1300)
+    torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
+
+
+def test_gates_are_left_alone():
+    model = network(prune_units=("conv", "heads", "ffn", "hidden"), chunk_frames=())
     assert not pack.pack_(model, 12)
     assert isinstance(model.encoder.layers[0].fc1, nn.Linear)

@@ -6,10 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_checkpoints import SHAPE, container, ctc_model, letters, save_checkpoint, save_ctc
+from tiny_checkpoints import SHAPE, STOCHASTIC, container, ctc_model, finetuned, letters, save_checkpoint, save_ctc
 from torch import nn
 
 from fairseq_w2v2_light.cli.main import main
+from fairseq_w2v2_light.export.folder import export_folder
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 from fairseq_w2v2_light.models.recipe import read_recipe
 from fairseq_w2v2_light.models.w2v2_light import network_config
@@ -395,3 +396,16 @@ def test_text_overrides_are_taken_as_they_stand():
 def test_bad_input_gets_a_message(arguments, message, capsys):
     assert main(["cost", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_folder_costs_what_its_checkpoint_does(tmp_path):
+    path = finetuned(tmp_path, **STOCHASTIC, unique_layers=2)
+    export_folder(path, tmp_path / "folder")
+    point = "s2q1k2"
+    expected, found = (cost(load_subject(str(source), []), 1.0, point) for source in (path, tmp_path / "folder"))
+    for key in ("macs_by_part", "operating_points", "operating_point", "unique_layers", "attention_maps"):
+        assert found[key] == expected[key]
+    # the vector that stands for masked frames is not needed any more
+    assert found["parameters"] == expected["parameters"] - 32
+    with pytest.raises(ValueError, match="a model folder is as it is; leave out model.encoder_layers=2"):
+        load_subject(str(tmp_path / "folder"), ["model.encoder_layers=2"])

@@ -1,0 +1,358 @@
+"""`w2v2-light evaluate`: word and character error rates of a model, or of texts, against references."""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+from ..data.progress import progress
+from ..data.references import DEFAULT_SPLIT, IDS, Reference, pair, read_hypotheses, read_references
+from ..data.sources import parse_columns
+from ..data.text import remove_punctuation
+from ..files import atomic_path
+from ..runtime.scoring import Counts, Scored, Totals, alignment_lines, score, totals
+from . import recognition_options
+from .stream import display_width
+
+_OF_A_MODEL = (
+    *("operating_point", "auto_operating_point", "budget", "measure_again", "dtype", "beam", "lm", "lexicon"),
+    *("lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold", "dictionary", "threads"),
+    *("all_points", "write_to_folder"),
+)
+
+
+class Result(NamedTuple):
+    """What one run of a model, or one file of hypotheses, was worth.
+
+    about: how the hypotheses came about, for the report: model, operating_point, dtype, decoder; empty of a file.
+    audio, compute: seconds; 0 of a file.
+    """
+
+    scored: List[Scored]
+    totals: Totals
+    about: Dict[str, str]
+    audio: float = 0.0
+    compute: float = 0.0
+
+
+def add_arguments(parser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "Counts are of the alignment with the fewest errors and, among those, the most hits; characters include the\n"
+        "blanks between words. Nothing is normalised but white space, unless an option asks for it; then accents are\n"
+        "composed (Unicode NFC), too.\n\n"
+        "  w2v2-light evaluate DATA --split test --model FOLDER\n"
+        "  w2v2-light evaluate table.csv --model FOLDER --auto-operating-point --budget rtf=0.05\n"
+        "  w2v2-light evaluate DATA --model FOLDER --all-points --write-to-folder\n"
+        "  w2v2-light evaluate references.txt --hypotheses recognised.txt"
+    )
+    parser.add_argument(
+        "references",
+        type=Path,
+        metavar="REFERENCES",
+        help="a folder of manifests, a manifest, a table (.csv, .tsv, .jsonl) with columns path and text, or, with "
+        "--hypotheses, lines of text: `TEXT`, `ID TEXT` or `TEXT (ID)`",
+    )
+    parser.add_argument("--split", default="", help="of the folder (default: test), or of the table (default: all)")
+    parser.add_argument(
+        "--columns", default="", metavar="path=A,text=B", help="names of the columns path and text if others"
+    )
+    parser.add_argument(
+        "--hypotheses", type=Path, metavar="FILE", help="score these texts instead of a model: lines, .jsonl, a table"
+    )
+    parser.add_argument(
+        "--ids",
+        choices=IDS,
+        default="auto",
+        help="where lines of text have an id: none, first (`ID TEXT`), last (`TEXT (ID)`); auto: as they look",
+    )
+    recognition_options.add_arguments(parser, several_points=True, model_required=False)
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=40.0,
+        metavar="SECONDS",
+        help="utterances up to this are heard whole, as by `infer`; longer ones are cut (default: 40; transcribe: 20)",
+    )
+    parser.add_argument("--all-points", action="store_true", help="evaluate every operating point of the model")
+    parser.add_argument(
+        "--write-to-folder",
+        action="store_true",
+        help="record the error rates in the model folder, where --auto-operating-point finds them",
+    )
+    parser.add_argument("--lowercase", action="store_true", help="compare in lower case")
+    parser.add_argument(
+        "--remove-punctuation",
+        action="store_true",
+        help="compare letters, digits and apostrophes only; other signs are white space, as in `prepare`",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, or a list of them for several points"
+    )
+    parser.add_argument(
+        "--per-utterance",
+        type=Path,
+        metavar="FILE",
+        help="write the alignment of each utterance as text or, if the name ends with .jsonl, as JSON lines",
+    )
+
+
+def run(args) -> int:
+    _check_options(args)
+    references = read_references(args.references, args.split, parse_columns(args.columns), args.ids)
+    if args.hypotheses is not None:
+        texts = pair(references, read_hypotheses(args.hypotheses, ids=args.ids))
+        results = [scored(references, texts, lambda text: normalised(args, text))]
+    else:
+        results = list(_recognised(args, references))
+    if args.per_utterance is not None:
+        write_per_utterance(args.per_utterance, results[0])
+    if args.json:
+        values = [as_json(result) for result in results]
+        print(json.dumps(values if len(values) > 1 else values[0], indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(table(results)))
+    return 0
+
+
+def _recognised(args, references: List[Reference]) -> Iterator[Result]:
+    """Runs the model at every point asked for, and records the results if wanted."""
+    recognition_options.check(args)
+    missing = next((reference for reference in references if reference.path is None), None)
+    if missing is not None:
+        raise ValueError(
+            f"{args.references}: lines of text name no audio for --model; give a manifest folder or a table with "
+            "columns path and text, or --hypotheses FILE"
+        )
+    _check_audio(references)
+    recognizer = recognition_options.recognizer(args)
+    recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=args.window)
+    entries = []
+    for point in recognition_options.points(args, recognizer, args.all_points):
+        recognizer.point = point
+        about = recognition_options.describe(args, recognizer)
+        result = recognise(recognizer, references, lambda text: normalised(args, text), about)
+        if args.auto_operating_point:
+            _compare_with_budget(args.budget, result)
+        entries.append(_entry(args, result))
+        yield result
+    if args.write_to_folder:
+        from ..runtime.operating import record
+
+        record(args.model, entries)
+
+
+def _compare_with_budget(budget: str, result: Result) -> None:
+    """Says so on standard error where a run took more than its budget and a tenth."""
+    from ..runtime.operating import parse_budget
+
+    factor = result.compute / result.audio if result.audio else 0.0
+    if factor > 1.1 * parse_budget(budget):
+        recognition_options.note(
+            f"note: this run had a real-time factor of {factor:.4g}, above the budget: the machine was busier than "
+            "when it was measured (--measure-again), or the utterances are much shorter than 10 s"
+        )
+
+
+def recognise(
+    recognizer, references: List[Reference], normalise: Callable[[str], str], about: Dict[str, str]
+) -> Result:
+    """Transcribes the audio of references and scores the texts.
+
+    Files that cannot be transcribed are named on standard error as they come. Raises ValueError where there were any,
+    and unless there are as many texts as references.
+    """
+    texts, failed, audio = [], [], 0.0
+    began = time.perf_counter()
+    transcripts = recognizer.transcribe([reference.path for reference in references])
+    for transcript in progress(transcripts, about.get("operating_point", ""), len(references)):
+        if transcript.error:
+            failed.append(f"{references[len(texts)].where}: {transcript.error}")
+            recognition_options.note(failed[-1])
+        texts.append(transcript.text)
+        audio += transcript.seconds
+    compute = time.perf_counter() - began
+    if len(texts) != len(references):
+        raise ValueError(f"{len(texts)} hypotheses for {len(references)} references: the recogniser lost some")
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(references)} utterances could not be transcribed, and the error rate of the others "
+            f"would not be that of the set; mend or remove these: {failed[0]}"
+        )
+    return scored(references, texts, normalise, about)._replace(audio=audio, compute=compute)
+
+
+def scored(
+    references: List[Reference],
+    texts: List[str],
+    normalise: Callable[[str], str] = str,
+    about: Optional[Dict[str, str]] = None,
+) -> Result:
+    """Scores one text for each reference; raises ValueError where the references hold no words."""
+    utterances = [
+        score(reference.name, normalise(reference.text), normalise(text)) for reference, text in zip(references, texts)
+    ]
+    result = Result(utterances, totals(utterances), about or {})
+    if not result.totals.words.reference:
+        raise ValueError(f"{references[0].where}: the references hold no words; the word error rate is undefined")
+    return result
+
+
+def normalised(args, text: str) -> str:
+    """A text as the options of normalisation want it; without any, as it is."""
+    if args.lowercase or args.remove_punctuation:
+        text = unicodedata.normalize("NFC", text)
+    text = text.lower() if args.lowercase else text
+    return remove_punctuation(text) if args.remove_punctuation else text
+
+
+def table(results: List[Result]) -> List[str]:
+    """Lines for people: words and characters of one result, or a line for each of several."""
+    first = results[0].totals
+    wrong = f"{first.utterances} utterances"
+    if len(results) == 1:
+        heads = ["", "rate %", "substitutions", "deletions", "insertions", "errors", "of"]
+        rows = [heads]
+        for name, counts in (("WER", first.words), ("CER", first.characters)):
+            rows.append([name, _percent(counts), *_numbers(counts), str(counts.errors), str(counts.reference)])
+        lines = _columns(rows)
+        speed = f"; {_speed(results[0])}" if results[0].about else ""
+        return [*lines, f"{wrong}, {first.wrong} with errors{speed}"]
+    rows = [["point", "WER %", "CER %", "S", "D", "I", "utterances with errors", "real-time factor"]]
+    for result in results:
+        counts = result.totals
+        rates = [_percent(counts.words), _percent(counts.characters)]
+        factor = f"{result.compute / result.audio:.4f}" if result.audio else "-"
+        rows.append([result.about["operating_point"], *rates, *_numbers(counts.words), str(counts.wrong), factor])
+    about = results[0].about
+    said = f"{first.words.reference} words, {results[0].audio:.1f} s of audio; {about['dtype']}, {about['decoder']}"
+    return [*_columns(rows), f"{wrong}, {said}"]
+
+
+def as_json(result: Result) -> Dict[str, Any]:
+    """JSON values of a result: rates in percent (null of no characters), counts, times in seconds."""
+    counts = result.totals
+    values: Dict[str, Any] = {
+        "wer": counts.words.rate,
+        "cer": counts.characters.rate,
+        "words": _counts_as_json(counts.words),
+        "characters": _counts_as_json(counts.characters),
+        "utterances": counts.utterances,
+        "utterances_with_errors": counts.wrong,
+    }
+    if result.about:
+        factor = result.compute / result.audio if result.audio else None
+        values.update(result.about, audio_seconds=result.audio, compute_seconds=result.compute, real_time_factor=factor)
+    return values
+
+
+def write_per_utterance(path: Path, result: Result) -> None:
+    """Writes texts, counts and alignment of every utterance, in order: JSON lines, or text as sclite prints it."""
+    write = _json_line if path.suffix.lower() in (".jsonl", ".json", ".ndjson") else _text_block
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for utterance in result.scored:
+            file.write(write(utterance))
+
+
+def _json_line(utterance: Scored) -> str:
+    values = {
+        "id": utterance.name,
+        "reference": utterance.reference,
+        "hypothesis": utterance.hypothesis,
+        "wer": utterance.words.rate,
+        "cer": utterance.characters.rate,
+        "words": _counts_as_json(utterance.words),
+        "characters": _counts_as_json(utterance.characters),
+        "alignment": [list(step) for step in utterance.alignment()],
+    }
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _text_block(utterance: Scored) -> str:
+    counts = utterance.words
+    numbers = " ".join(map(str, (counts.hits, counts.substitutions, counts.deletions, counts.insertions)))
+    lines = [f"id: ({utterance.name})", f"Scores: (#C #S #D #I) {numbers}"]
+    return "\n".join([*lines, *alignment_lines(utterance.alignment(), display_width), "", ""])
+
+
+def _counts_as_json(counts: Counts) -> Dict[str, int]:
+    return {**dataclasses.asdict(counts), "errors": counts.errors, "reference": counts.reference}
+
+
+def _percent(counts: Counts) -> str:
+    return "-" if counts.rate is None else f"{counts.rate:.2f}"
+
+
+def _numbers(counts: Counts) -> List[str]:
+    return [str(number) for number in (counts.substitutions, counts.deletions, counts.insertions)]
+
+
+def _columns(rows: List[List[str]]) -> List[str]:
+    """Rows as lines, first cells to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def _speed(result: Result) -> str:
+    factor = f"real-time factor {result.compute / result.audio:.4f}" if result.audio else "no audio"
+    how = ", ".join(result.about[key] for key in ("operating_point", "dtype", "decoder"))
+    return f"{result.audio:.1f} s of audio in {result.compute:.1f} s: {factor} ({how})"
+
+
+def _entry(args, result: Result) -> Dict[str, Any]:
+    """What a model folder records of a result."""
+    counts = result.totals
+    names = ("lowercase", "remove_punctuation")
+    how = "".join(f", {name.replace('_', ' ')}" for name in names if getattr(args, name))
+    source = args.references.resolve()
+    split = f"/{args.split or DEFAULT_SPLIT}" if source.is_dir() else f" {args.split}" if args.split else ""
+    return {
+        "point": result.about["operating_point"],
+        "wer": round(counts.words.rate, 3),
+        "cer": None if counts.characters.rate is None else round(counts.characters.rate, 3),
+        "references": f"{source.name}{split}{how}",
+        "words": counts.words.reference,
+        "dtype": result.about["dtype"],
+        "decoder": result.about["decoder"],
+    }
+
+
+def _check_audio(references: List[Reference]) -> None:
+    """Raises ValueError for the first file that cannot be opened, before the model is loaded for hours of work."""
+    from ..runtime.audio import check_audio
+
+    for reference in references:
+        try:
+            check_audio(reference.path)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{reference.where}: {error}") from None
+
+
+def _check_options(args) -> None:
+    if (args.model is None) == (args.hypotheses is None):
+        raise ValueError("expected either --model, to transcribe the audio, or --hypotheses, to score texts")
+    if args.hypotheses is not None:
+        given = [name for name in _OF_A_MODEL if getattr(args, name) not in (None, "", False, "auto")]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')}: for --model only; --hypotheses are texts already")
+    if not (math.isfinite(args.window) and args.window > 0):
+        raise ValueError(f"--window: found {args.window:g} seconds, expected a positive number")
+    several = args.all_points or "," in args.operating_point
+    if several and args.per_utterance is not None:
+        raise ValueError(
+            "--per-utterance: of one operating point only; leave it out, or name one with --operating-point"
+        )
+    if args.all_points and (args.operating_point or args.auto_operating_point):
+        raise ValueError("--all-points evaluates every operating point; choose one or the other")
+    if args.write_to_folder:
+        from ..runtime.folder import is_model_folder
+
+        if not is_model_folder(args.model):
+            raise ValueError(f"--write-to-folder: {args.model} is no model folder; make one with `w2v2-light export`")
