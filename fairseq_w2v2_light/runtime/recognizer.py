@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Callable, Deque, Iterable, Iterator, List, Opt
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,6 +39,9 @@ _POOL_BATCHES = 8
 _DECODE_SECONDS = 60.0
 
 _PACK_ROWS = 500
+
+# Batches are padded to a multiple of this: oneDNN keeps memory for each shape that it has met.
+_LENGTH_GRID_SECONDS = 0.5
 
 _DEFAULT = Windowing()
 
@@ -219,7 +223,10 @@ class Recognizer:
     def _run(self, waves: List[Tensor]) -> List[np.ndarray]:
         weight = self.model.backbone.layer_norm.weight
         batch = pad_sequence(waves, batch_first=True).to(weight.device)
-        lengths = torch.tensor([len(wave) for wave in waves]) if len(waves) > 1 else None
+        grid = round(_LENGTH_GRID_SECONDS * self.sample_rate)
+        batch = F.pad(batch, (0, -batch.size(1) % grid))
+        padded = len(waves) > 1 or batch.size(1) > len(waves[0])
+        lengths = torch.tensor([len(wave) for wave in waves]) if padded else None
         logits, frames = self.model(batch, lengths, self.point)
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         if frames is None:
