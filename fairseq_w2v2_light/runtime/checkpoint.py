@@ -78,6 +78,10 @@ class _StateDict(OrderedDict):
         if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
             self._metadata = state["_metadata"]
 
+    def __reduce__(self):
+        # saved again, it is what it stands for
+        return OrderedDict, (), vars(self) or None, None, iter(self.items())
+
 
 def _tensor(storage, offset, size, stride, *gradient_and_hooks):
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, {})

@@ -350,6 +350,7 @@ def test_options_reach_the_recogniser(wav, monkeypatch, capsys, silence, expecte
         "operating_point": "s1q1k1c24",
         "beam": 4,
         "dictionary": "dict.ltr.txt",
+        "dtype": "auto",
     }
     assert threads == [3]
 
