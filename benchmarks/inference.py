@@ -178,6 +178,7 @@ def hugging_face_model(model: CtcModel):
     sys.modules.setdefault("torchaudio", None)
     try:
         import transformers
+
         from fairseq_w2v2_light.export.huggingface import export_huggingface
     except ImportError as error:
         print(f"without Hugging Face: {error}")

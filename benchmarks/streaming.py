@@ -49,10 +49,10 @@ def main() -> int:
     model = build(args.recipe)
     stored = sum(parameter.numel() for parameter in model.parameters())
     recognizer = StreamingRecognizer(model, args.operating_point)
-    packed = "packed" if recognizer.pack_() else "not packed"
+    dtype = recognizer.prepare_()
     chunk_ms = 1000 * recognizer.chunk_samples / recognizer.sample_rate
     print(f"torch {torch.__version__}, {args.threads} threads; {args.recipe} at {recognizer.stream.point}: {stored:,}")
-    print(f"parameters, fp32, {packed}; {args.chunks} chunks of {chunk_ms:g} ms\n")
+    print(f"parameters, {dtype}; {args.chunks} chunks of {chunk_ms:g} ms\n")
 
     # first, on a heap that nothing else has stretched
     long = hear_long(recognizer, args.minutes) if args.minutes else []

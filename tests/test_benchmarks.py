@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,6 +26,14 @@ def test_streaming_prints_its_table():
     assert any(name.startswith("0.4 minutes") and "words in" in name for name in measured)
 
 
+def test_huggingface_prints_its_table():
+    pytest.importorskip("transformers", reason="Hugging Face's classes: pip install transformers")
+    rows = {row[0]: [float(cell) for cell in row[1:]] for row in smoke("huggingface.py")[1:]}
+    assert sorted(rows) == ["base (Wav2Vec2ForCTC)", "large (Wav2Vec2ForCTC)", "sew (SEWForCTC)"]
+    for alone, padded, by_batch, back in (row[1:5] for row in rows.values()):
+        assert max(alone, padded, back) <= 1e-4 and by_batch >= 0
+
+
 def test_inference_compares_the_same_network():
     rows = smoke("inference.py")
     assert [row[0] for row in rows if row[0] in ("stock fairseq", "ours", "ours, packed")] == [
@@ -38,3 +48,12 @@ def test_inference_compares_the_same_network():
     assert len(differences) >= 6 and max(differences) < 1e-4
     by_name = {row["what"]: float(row["GMACs"]) for row in numbers}
     assert by_name["s3q2k2"] < by_name["s1q1k1"] and by_name["pruned"] < by_name["unpruned"]
+
+
+def test_quantized_compares_bytes_and_time():
+    columns, *rows = smoke("quantized.py")
+    assert [row[0] for row in rows[:2]] == ["fairseq float32", "float32"] and "int8" in [row[0] for row in rows]
+    for row in (dict(zip(columns, row)) for row in rows):
+        assert float(row["weights"].split()[0]) > 0 and float(row["median"].split()[0]) > 0
+        limit = 1e-4 if row["model"].endswith("float32") else 0.1
+        assert float(row["error of the logits"]) < limit

@@ -71,6 +71,11 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="print the unfinished segment each time it changes: lines on standard error, or JSON objects",
     )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the products: float32, bfloat16 or int8 (default: auto, as the model is stored)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--quiet", action="store_true", help="no report and no notes on standard error")
 
@@ -345,6 +350,7 @@ def load_recognizer(args):
         beam=args.beam,
         endpointing=endpointing_of(args.endpoint_silence),
         dictionary=args.dictionary,
+        dtype=args.dtype,
     )
 
 

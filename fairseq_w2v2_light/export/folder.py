@@ -9,8 +9,9 @@ from .. import __version__
 from ..nn.counts import SAMPLE_RATE, count_macs
 from ..runtime.checkpoint import PathLike, read_checkpoint
 from ..runtime.ctc import CtcModel
-from ..runtime.folder import is_model_folder, read_config, read_folder, write_folder
+from ..runtime.folder import SENTENCEPIECE, is_model_folder, read_config, read_folder, write_folder
 from ..runtime.load import ctc_from_checkpoint
+from ..runtime.quantized import INT8, quantize_
 from ..runtime.text import Labels
 
 # of audio, for which MACs are counted
@@ -27,20 +28,26 @@ def export_folder(
     """Writes the model of a fairseq checkpoint, or of another model folder, as a model folder; returns the model.
 
     dictionary: dict.ltr.txt, for a checkpoint without labels. sentencepiece: the labels' model file, to be kept with
-    them. dtype: "float32", or "bfloat16" for half the size. Raises as `load_ctc` and `write_folder` do, and
-    FileNotFoundError when `sentencepiece` is missing.
+    them (a folder's own is kept). dtype: "float32", "bfloat16" for half the size, or "int8" for about a quarter. Raises
+    as `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
     """
     source = Path(source)
     if sentencepiece is not None and not Path(sentencepiece).is_file():
         raise FileNotFoundError(f"{sentencepiece}: no such sentencepiece model")
     if is_model_folder(source):
         model, training = read_folder(source), read_config(source)["about"].get("training", {})
+        own = source / SENTENCEPIECE
+        sentencepiece = own if sentencepiece is None and own.is_file() else sentencepiece
     else:
         checkpoint = read_checkpoint(source)
         model, training = ctc_from_checkpoint(checkpoint, source, dictionary), checkpoint.training
     if model.config.prune_units:
         raise ValueError(f"{source}: the model has gates; remove what they closed first: w2v2-light prune {source} OUT")
+    if model.stored_dtype == INT8:
+        raise ValueError(f"{source}: its weights are int8 already; take the checkpoint, or a float32 folder, instead")
     about = describe(model, training)
+    if dtype == INT8:
+        quantize_(model)
     write_folder(model, out, about, model_card(model, about, Path(out).name, dtype), sentencepiece, dtype)
     return model
 

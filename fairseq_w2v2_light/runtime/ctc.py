@@ -24,11 +24,13 @@ class CtcModel(nn.Module):
     point: the operating point to run at; the one with the least reduction by default. Raises ValueError for a point
     that the model was not trained for.
 
-    stored_dtype: of the weights in the file that the model was read from.
+    stored_dtype: of the weights in the file that the model was read from. prepared: whether it was laid out for fast
+    inference (runtime/prepare.py), and has no weights any more that could be saved.
     """
 
     blank = 0
     stored_dtype = "float32"
+    prepared = False
 
     def __init__(
         self,
@@ -130,9 +132,11 @@ def check_weights(model: CtcModel, weights: Mapping[str, Any], path: Path, name_
         )
     for name, parameter in expected.items():
         value = weights[name]
-        if not torch.is_tensor(value) or not value.is_floating_point():
-            kind = value.dtype if torch.is_tensor(value) else type(value).__name__
-            raise ValueError(f"{path}: parameter '{name}': found {kind}, expected a tensor of floats; {_CHANGED}")
+        found = value.dtype if torch.is_tensor(value) else type(value).__name__
+        fits = torch.is_tensor(value) and value.is_floating_point()
+        if not (fits if parameter.is_floating_point() else found == parameter.dtype):
+            kind = "floats" if parameter.is_floating_point() else str(parameter.dtype)
+            raise ValueError(f"{path}: parameter '{name}': found {found}, expected a tensor of {kind}; {_CHANGED}")
         if value.shape != parameter.shape:
             raise ValueError(
                 f"{path}: parameter '{name}': found shape {tuple(value.shape)}, but the configuration asks for "

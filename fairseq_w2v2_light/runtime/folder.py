@@ -23,6 +23,7 @@ from ..nn.operating_point import OperatingPoint
 from .checkpoint import PathLike
 from .config_json import network_from_dict, network_to_dict
 from .ctc import CtcModel, check_weights, require_finite
+from .quantized import INT8, shape_quantized_
 from .text import Labels
 
 FORMAT = "fairseq_w2v2_light"
@@ -35,8 +36,8 @@ CONFIG, WEIGHTS, TOKENS, CARD, SENTENCEPIECE = (
     "sentencepiece.model",
 )
 FILES = (CONFIG, WEIGHTS, TOKENS, CARD, SENTENCEPIECE)
-# in which the weights may be stored
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# in which the weights may be stored, and that of what remains floats
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, INT8: torch.float32}
 _KEYS = ("format", "version", "network", "ctc", "weights", "labels", "about")
 # of a configuration or a list of labels; no model needs as much
 _LARGEST_TEXT = 64 << 20
@@ -48,7 +49,7 @@ def is_model_folder(path: PathLike) -> bool:
 
 
 def read_folder(path: PathLike) -> CtcModel:
-    """The model in a folder, in fp32, for inference.
+    """The model in a folder, for inference: in fp32, or with int8 Linears (runtime/quantized.py) where it has those.
 
     Raises FileNotFoundError when a file is missing; ValueError that names file and key when the folder is broken, was
     written by something else, or its weights do not fit its configuration or are not finite.
@@ -73,10 +74,16 @@ def read_folder(path: PathLike) -> CtcModel:
             )
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{where}: describes no network that can be built: {error}") from error
-    weights = _read_weights(model, path / WEIGHTS)
-    model.load_state_dict({name: value.to(torch.float32) for name, value in weights.items()}, assign=True)
-    require_finite(model, path / WEIGHTS)
     model.stored_dtype = dtype
+    if dtype == INT8:
+        if network.prune_units:
+            raise ValueError(f"{where}: network.prune_units: found gates, which an {INT8} model cannot have")
+        shape_quantized_(model)
+    weights = _read_weights(model, path / WEIGHTS)
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, assign=True
+    )
+    require_finite(model, path / WEIGHTS)
     return model.eval().requires_grad_(False)
 
 
@@ -91,13 +98,21 @@ def write_folder(
     """Writes a model as a folder, in one step; `read_folder` gives it back.
 
     about: what there is to know, JSON values. card: the text of README.md. sentencepiece: the model file of the labels,
-    which is copied. dtype: of the stored weights. An earlier model folder at `path` is replaced; raises ValueError for
-    a folder that holds anything else, and a dtype that is unknown.
+    which is copied. dtype: of the stored weights; "int8" for a model that is quantised, and only for that. An earlier
+    model folder at `path` is replaced; raises ValueError for a folder that holds anything else, a dtype that is unknown
+    or not that of the model, and a model that `prepare_` changed.
     """
     from safetensors.torch import save_file
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found '{dtype}', expected one of {', '.join(DTYPES)}")
+    if model.prepared:
+        raise ValueError("the model is prepared for inference and cannot be saved; load it again")
+    if (dtype == INT8) != (model.stored_dtype == INT8):
+        raise ValueError(
+            f"dtype: found '{dtype}', but the weights are {model.stored_dtype}; "
+            + ("quantise them first: w2v2-light quantize" if dtype == INT8 else "export the model they were made of")
+        )
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -111,7 +126,8 @@ def write_folder(
         "labels": {"kind": Labels(model.symbols, model.blank).kind},
         "about": dict(about or {}),
     }
-    weights = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.to(DTYPES[dtype]) if value.is_floating_point() else value for name, value in weights.items()}
     with atomic_folder(path, FILES) as folder:
         save_file(weights, str(folder / WEIGHTS))
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -182,14 +198,20 @@ def _read_weights(model: CtcModel, file: Path) -> Dict[str, torch.Tensor]:
 class _Stored:
     """A tensor in a file, of which only the header was read."""
 
-    _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    _DTYPES = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I8": torch.int8,
+    }
 
     def __init__(self, opened):
         self.shape = opened.get_shape()
-        self.dtype = self._DTYPES.get(opened.get_dtype(), torch.int8)
+        self.dtype = self._DTYPES.get(opened.get_dtype(), torch.int64)
 
     def meta(self) -> torch.Tensor:
-        """A tensor of that shape and dtype, without values; integers of any kind are int8."""
+        """A tensor of that shape and dtype, without values; other dtypes than those of weights are int64."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 

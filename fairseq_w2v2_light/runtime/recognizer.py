@@ -27,7 +27,7 @@ from .beam import Token
 from .ctc import CtcModel
 from .incremental import BeamState, GreedyState
 from .load import load_ctc
-from .pack import pack_
+from .prepare import prepare_
 from .text import Labels
 from .windows import Window, Windowing, cut_windows, join_frame
 
@@ -150,7 +150,7 @@ class Recognizer:
             recognizer = cls(model, operating_point, decoder)
         except ValueError as error:
             raise ValueError(f"{folder_or_checkpoint}: {error}") from error
-        recognizer.dtype = _prepare(model, dtype)
+        recognizer.dtype = prepare_(model, dtype, _PACK_ROWS)
         return recognizer
 
     def transcribe(
@@ -406,12 +406,3 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
-
-
-def _prepare(model: CtcModel, dtype: str) -> str:
-    try:
-        from .prepare import prepare_
-    except ModuleNotFoundError:
-        pack_(model, _PACK_ROWS)
-        return "float32"
-    return prepare_(model, dtype)

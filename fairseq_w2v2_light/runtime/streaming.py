@@ -26,7 +26,7 @@ from .beam import Token
 from .endpoint import Endpointing, advance_segments
 from .incremental import BeamState, DecoderState, GreedyState, decoder_from_dict
 from .load import CtcModel, load_ctc
-from .pack import pack_
+from .prepare import prepare_
 from .text import Labels, Word
 
 _DEFAULT = Endpointing()
@@ -164,22 +164,23 @@ class StreamingRecognizer:
         beam: int = 1,
         endpointing: Optional[Endpointing] = _DEFAULT,
         dictionary=None,
+        dtype: str = "auto",
     ) -> StreamingRecognizer:
-        """Reads a fairseq CTC checkpoint; `dictionary` is a dict.ltr.txt, for one that holds none.
+        """Reads a fairseq CTC checkpoint, or a model folder; `dictionary` is a dict.ltr.txt, for one that holds none.
 
-        Raises FileNotFoundError and ValueError that name the file and what is wrong with it.
+        dtype: see runtime/prepare.py. Raises FileNotFoundError and ValueError that name the file and what is wrong.
         """
         model = load_ctc(path, dictionary)
         try:
             recognizer = cls(model, operating_point, beam, endpointing)
+            recognizer.prepare_(dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        recognizer.pack_()
         return recognizer
 
-    def pack_(self) -> bool:
-        """Lays the model's weights out for chunks of this size, in place; see runtime/pack.py. Faster on a CPU."""
-        return pack_(self.model, self.stream.point.chunk + self.stream.config.lookahead)
+    def prepare_(self, dtype: str = "auto") -> str:
+        """Makes the model fast for chunks of this size, in place; see runtime/prepare.py."""
+        return prepare_(self.model, dtype, self.stream.point.chunk + self.stream.config.lookahead)
 
     def start(self) -> StreamingState:
         """The state of a stream of which nothing was heard."""

@@ -1,0 +1,64 @@
+"""A loaded model made fast on this machine, in the precision that is asked for."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from .ctc import CtcModel
+from .half import half_around_, half_linears_, multiplies_bfloat16, multiplies_tiles
+from .pack import pack_
+from .quantized import INT8, dequantize_, pack_quantized_, quantize_, require_no_gates
+
+DTYPES = ("auto", "float32", "bfloat16", INT8)
+
+
+def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, integers: Optional[bool] = None) -> str:
+    """Lays a model out for fast inference on this CPU, in place, and returns the dtype of its weights.
+
+    dtype: "auto" is the one that the weights are stored in (bfloat16 only where the CPU multiplies it, else float32);
+    "int8" also quantises a model of floats; "float32" and "bfloat16" run an int8 one with the weights that its integers
+    stand for. rows: how many frames a call will mostly see.
+
+    integers: whether int8 weights meet 8-bit activations; None: unless the CPU multiplies tiles of bfloat16 (AMX), with
+    which the same weights are as fast and the error half as large, in twice the memory. What int8 leaves, convolutions
+    and attention, is computed in bfloat16 where the CPU has it.
+
+    A prepared model runs at every operating point and in streams, but can be neither saved, trained, moved nor prepared
+    again. One with gates stays in fp32 as it is. Raises ValueError for an unknown dtype, bfloat16 on a CPU without it,
+    NaN or infinite weights to quantise, and, but for float32, a model with gates.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: found '{dtype}', expected one of {', '.join(DTYPES)}")
+    if model.prepared:
+        raise ValueError("the model is prepared already; load it again")
+    chosen = _automatic(model) if dtype == "auto" else dtype
+    if chosen == "bfloat16" and not multiplies_bfloat16():
+        raise ValueError(
+            "dtype: bfloat16 was asked for, but this CPU has no instructions for it (AVX512-BF16, AMX, Arm BF16) and "
+            "would be several times slower than in float32; choose float32, int8 or auto"
+        )
+    if chosen != "float32":
+        require_no_gates(model, f"run in {chosen}")
+    if chosen == INT8 and model.stored_dtype != INT8:
+        quantize_(model)
+    if integers is None:
+        integers = not multiplies_tiles()
+    if chosen == INT8 and integers:
+        pack_quantized_(model, rows)
+    elif model.stored_dtype == INT8:
+        dequantize_(model)
+    if chosen == "bfloat16" or chosen == INT8 and not integers:
+        half_linears_(model.backbone, rows)
+    # as a whole only where it may be widened
+    pack_(model if chosen == "float32" else model.backbone, rows)
+    if chosen == "bfloat16" or chosen == INT8 and multiplies_bfloat16():
+        half_around_(model.backbone, rows)
+    model.prepared = True
+    return chosen
+
+
+def _automatic(model: CtcModel) -> str:
+    stored = model.stored_dtype
+    if stored == "bfloat16" and (not multiplies_bfloat16() or model.config.prune_units):
+        return "float32"
+    return stored
