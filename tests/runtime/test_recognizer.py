@@ -304,7 +304,7 @@ def test_log_probs_are_the_models_own_in_any_batch(checkpoint, point):
             continue
         with torch.no_grad():
             logits, _ = model(torch.from_numpy(wave)[None], point=recognizer.point)
-        np.testing.assert_allclose(log_probs, logits[0].log_softmax(-1).numpy(), atol=1e-4)
+        np.testing.assert_allclose(log_probs, logits[0].log_softmax(-1).numpy(), atol=1e-4, rtol=1e-5)
 
 
 def test_the_point_is_checked_with_the_files_name(checkpoint):
