@@ -170,7 +170,8 @@ def test_broken_files_give_samples_or_an_error(broken_files):
     # no file holds more than a second; what a header promises does not count
     lengths = {name: int(outcome.split()[1]) for name, outcome in outcomes.items() if outcome.startswith("read")}
     assert max(lengths[f"{name}.wav"] for name in LIES if f"{name}.wav" in lengths) <= 60 * RATE
-    assert outcomes["hours of AU.wav"] in ("read 1600", "refused") and outcomes["0 Hz.wav"] == "refused"
+    # libsndfile takes a size of AU that it cannot believe for none
+    assert outcomes["hours of AU.wav"] in ("read 1600", "read 0", "refused") and outcomes["0 Hz.wav"] == "refused"
 
 
 def test_stream_transcribes_or_refuses_broken_files(broken_files, tmp_path):

@@ -376,7 +376,7 @@ def _check_file(path: Path, writer: str) -> bool:
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     if not start:
-        raise ValueError(f"{path}: the file is empty; {_INCOMPLETE}")
+        raise ValueError(f"{path}: the file is empty; expected a checkpoint: {_INCOMPLETE}")
     if start.startswith(b"PK") and not is_zip:
         raise ValueError(f"{path}: the end of the checkpoint is missing; {_INCOMPLETE}")
     names = [entry.filename for entry in entries]

@@ -168,7 +168,8 @@ def test_wrong_usage_is_an_error_before_anything_is_done(folder, tmp_path, capsy
 # --- in a process of its own
 
 PROGRAM = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "cli")!r}]
 from test_transcribe import Recognizer
 from fairseq_w2v2_light.cli import transcribe

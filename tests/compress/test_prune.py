@@ -66,14 +66,14 @@ def pruned(model):
     return small.eval()
 
 
-def assert_same_frames(model, small, point=None, audio=None):
+def assert_same_frames(model, small, point=None, audio=None, tolerance=1e-5):
     """On a padded batch; what the smaller one has no channel for is zero."""
     source, padding = random_audio(1000, 777, 650) if audio is None else audio
     with torch.no_grad():
         expected = model.extract_features(source, padding, operating_point=point)
         found = small.extract_features(source, padding, operating_point=point)
     index = kept_of(model).hidden.index
-    torch.testing.assert_close(found["x"], expected["x"][..., index], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["x"], expected["x"][..., index], atol=tolerance, rtol=1e-5)
     closed = [channel for channel in range(model.config.dim) if channel not in index]
     assert not expected["x"][..., closed].any()
     for ours, theirs in zip(found["layer_results"], expected["layer_results"]):
@@ -255,8 +255,9 @@ def test_few_hidden_channels(layout, channels):
     assert small.config.dim == max(channels, 1) and small.config.norm_dim == 32 and small.config.head_size == 8
     # channels of the first of four groups of the positional convolution
     assert small.config.conv_pos_groups == 1 and small.config.conv_pos_group_dims == ()
+    # the last LayerNorm enlarges rounding errors of so few channels; they are 1e-5 of the largest value, which is 6
     for point in ("s1q1k1", "s2q1k1"):
-        assert_same_frames(model, small, point)
+        assert_same_frames(model, small, point, tolerance=3e-5)
 
 
 def test_groups_of_positions_are_padded_to_the_largest():

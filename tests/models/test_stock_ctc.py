@@ -80,7 +80,9 @@ def test_an_encoder_described_by_a_namespace(tiny, tmp_path):
     """As checkpoints from before hydra do."""
     flat = Namespace(arch="wav2vec2", task="audio_pretraining", data="/nowhere", normalize=False, mask_prob=0.65)
     cfg = {"_name": "wav2vec_ctc", "w2v_args": flat}
-    path = tiny.save(tmp_path / "old.pt", cfg, {f"{ENCODER}mask_emb": torch.ones(2), "w2v_encoder.proj.bias": 0})
+    path = tiny.save(
+        tmp_path / "old.pt", cfg, {f"{ENCODER}mask_emb": torch.ones(2), "w2v_encoder.proj.bias": torch.zeros(1)}
+    )
     state = wav2vec2_asr.checkpoint_utils.load_checkpoint_to_cpu(path, {"mask_prob": 0.1})
     assert state["cfg"].model._name == "wav2vec2" and state["cfg"].model.mask_prob == 0.1
     assert list(state["model"]) == ["mask_emb"]
