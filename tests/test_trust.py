@@ -348,7 +348,7 @@ def nested(times=5000):
 HOSTILE_VALUES = {
     "depth": {"encoder_layers": 10**9},
     "width": {"encoder_embed_dim": 10**12, "encoder_attention_heads": 1, "conv_pos_groups": 1},
-    "FFN": {"encoder_ffn_embed_dim": 10**6, "encoder_layers": 1000},
+    "FFN": {"encoder_ffn_embed_dim": 10**6, "encoder_layers": 60},
     "positions": {"conv_pos": 10**6, "conv_pos_groups": 1, "encoder_embed_dim": 10**6},
     "frontend": {CONV: "[(16, 10, 5)] * 99999999"},
     "wide frontend": {CONV: "[(100000, 100000, 5)]"},
