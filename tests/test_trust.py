@@ -31,6 +31,7 @@ from fairseq_w2v2_light.paths import user_dir
 from fairseq_w2v2_light.runtime.checkpoint import read_pickle
 from fairseq_w2v2_light.runtime.folder import read_folder, write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
+from fairseq_w2v2_light.runtime.recognizer import Recognizer
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
 from fairseq_w2v2_light.trust import TRUST
 
@@ -56,6 +57,7 @@ def made_once(tmp_path_factory):
     """A streaming CTC checkpoint, the dictionary and the pre-trained checkpoint of it, and its model folder."""
     folder = tmp_path_factory.mktemp("trust")
     write_folder(load_ctc(finetuned(folder, layout="large", **STREAMING)), folder / "model")
+    (folder / "table.csv").write_text("path,text\na.wav,A B\n")
     soundfile.write(folder / "a.wav", np.zeros(1600), 16000)
     return folder
 
@@ -162,6 +164,10 @@ DOORS = {
     "prune": verb("prune", "{CHECKPOINT}", "{OUT}"),
     "export": verb("export", "{CHECKPOINT}", "{OUT}"),
     "stream": verb("stream", "{MADE}/a.wav", "--model", "{CHECKPOINT}"),
+    "Recognizer": lambda path, made: Recognizer.from_pretrained(path),
+    "transcribe": verb("transcribe", "{MADE}/a.wav", "--model", "{CHECKPOINT}"),
+    "evaluate": verb("evaluate", "{MADE}/table.csv", "--model", "{CHECKPOINT}"),
+    "tune-lm": verb("tune-lm", "{MADE}/table.csv", "--model", "{CHECKPOINT}", "--lm", "{MADE}/lm.arpa"),
     "infer": verb("infer", "task.data={MADE}", "common_eval.path={CHECKPOINT}"),
 }
 
@@ -342,7 +348,7 @@ def nested(times=5000):
 HOSTILE_VALUES = {
     "depth": {"encoder_layers": 10**9},
     "width": {"encoder_embed_dim": 10**12, "encoder_attention_heads": 1, "conv_pos_groups": 1},
-    "FFN": {"encoder_ffn_embed_dim": 10**6, "encoder_layers": 1000},
+    "FFN": {"encoder_ffn_embed_dim": 10**6, "encoder_layers": 60},
     "positions": {"conv_pos": 10**6, "conv_pos_groups": 1, "encoder_embed_dim": 10**6},
     "frontend": {CONV: "[(16, 10, 5)] * 99999999"},
     "wide frontend": {CONV: "[(100000, 100000, 5)]"},
@@ -637,8 +643,8 @@ def test_a_folder_may_be_a_link(model_folder, tmp_path):
         ('"dim": 32', '"dim": 1e400'),
         ('"dim": 32', '"dim": 32, "dim": 64'),
         ('"dim": 32', '"dim": ' + "9" * 6000),
-        ('"dropout": 0.1', '"dropout": NaN'),
-        ('"dropout": 0.1', '"dropout": -7'),
+        ('"layerdrop": 0.0', '"layerdrop": "0.1"'),
+        ('"conv_bias": true', '"conv_bias": 1'),
         ('"dim": 32', '"dim": 32, "__class__": "os.system"'),
         ('"version": 1', '"version": 1e0'),
         ('"version": 1', '"version": true'),
@@ -659,7 +665,8 @@ def edit_header(file, edit, data=None):
     content = file.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
-    header = edit(header) or header
+    changed = edit(header)
+    header = header if changed is None else changed
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + (content[8 + length :] if data is None else data))
 
@@ -695,7 +702,6 @@ def add(header):
         set_entry(data_offsets=[0, 2**63]),
         set_entry(data_offsets=[10, 0]),
         set_entry(data_offsets=[]),
-        set_entry(extra=1),
         swap,
         overlap,
         add,
@@ -704,9 +710,6 @@ def add(header):
         lambda header: b"{" * 100_000,
         lambda header: b"",
         lambda header: b"null",
-        lambda header: (
-            json.dumps(header).encode()[:-1] + b', "head.bias": ' + json.dumps(header["head.bias"]).encode() + b"}"
-        ),
     ),
 )
 def test_headers_of_safetensors_that_lie(model_folder, edit):
