@@ -163,6 +163,7 @@ DOORS = {
     "student": verb("student", "{CHECKPOINT}", "{OUT}", "--layers", "first:1"),
     "prune": verb("prune", "{CHECKPOINT}", "{OUT}"),
     "export": verb("export", "{CHECKPOINT}", "{OUT}"),
+    "quantize": verb("quantize", "{CHECKPOINT}", "{OUT}"),
     "stream": verb("stream", "{MADE}/a.wav", "--model", "{CHECKPOINT}"),
     "Recognizer": lambda path, made: Recognizer.from_pretrained(path),
     "transcribe": verb("transcribe", "{MADE}/a.wav", "--model", "{CHECKPOINT}"),
