@@ -54,6 +54,8 @@ def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, integers: Op
     if chosen == "bfloat16" or chosen == INT8 and multiplies_bfloat16():
         half_around_(model.backbone, rows)
     model.prepared = True
+    # modules that are new begin in training mode, with its dropout
+    model.eval()
     return chosen
 
 

@@ -57,7 +57,7 @@ def real_time_factors(
 
 
 def compare_real_time_factors(
-    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 40, repeats: int = 9, seconds: float = 10.0
+    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 100, repeats: int = 9, seconds: float = 10.0
 ) -> Dict[str, float]:
     """As `real_time_factors`, of several models by name, each at its own operating point, on pieces of `seconds`.
 

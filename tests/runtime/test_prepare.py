@@ -162,3 +162,14 @@ def test_linux_says_what_a_cpu_has(monkeypatch, tmp_path, flags, expected):
     path = half.Path
     monkeypatch.setattr(half, "Path", lambda name: path(tmp_path / "cpuinfo"))
     assert half._has("_is_avx512_bf16_supported", {"avx512_bf16", "amx_bf16"}) is expected
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int8"))
+def test_the_dropout_of_a_checkpoint_is_off(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(prepare, "multiplies_bfloat16", lambda: True)
+    keys = dict(layout="large", attention_dropout=0.5, dropout=0.5, activation_dropout=0.5)
+    model = load_ctc(finetuned(tmp_path, ctc_keys=dict(attention_dropout=0.5), **keys))
+    prepare_(model, dtype, rows=50)
+    wave, _ = random_audio(900)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(wave)[0], model(wave)[0])
