@@ -88,6 +88,9 @@ class ChannelsLastConv1d(nn.Conv1d):
             return F.linear(x.squeeze(1).unfold(-1, kernel, stride), weight.squeeze(1), bias).transpose(1, 2)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return F.linear(windows(x, kernel, stride), weight.transpose(1, 2).flatten(1), bias).transpose(1, 2)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            # oneDNN of torch 2.13 makes NaN of some of its gradients on CPUs with AMX
+            return self._conv_forward(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         return F.conv2d(x, weight, bias, (1, stride)).squeeze(2)
