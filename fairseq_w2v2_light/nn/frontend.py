@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .exporting import is_exporting
 from .gating import gated
 from .norms import LayerNorm, wide_layer_norm
+from .precision import convolve
 
 ConvLayer = Tuple[int, int, int]
 
@@ -72,6 +73,13 @@ class TimeGroupNorm(nn.GroupNorm):
         return y.type_as(x)
 
 
+class PlainConv1d(nn.Conv1d):
+    """nn.Conv1d that a CPU computes right in bfloat16, too."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        return convolve(super()._conv_forward, x, weight, bias)
+
+
 class ChannelsLastConv1d(nn.Conv1d):
     """Conv1d whose output has the channels innermost in memory, where the LayerNorm that follows wants them.
 
@@ -88,12 +96,12 @@ class ChannelsLastConv1d(nn.Conv1d):
             return F.linear(x.squeeze(1).unfold(-1, kernel, stride), weight.squeeze(1), bias).transpose(1, 2)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return F.linear(windows(x, kernel, stride), weight.transpose(1, 2).flatten(1), bias).transpose(1, 2)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            # oneDNN of torch 2.13 makes NaN of some of its gradients on CPUs with AMX
-            return self._conv_forward(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return convolve(self._convolve, x, weight, bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(x, weight, bias, (1, stride)).squeeze(2)
+        return F.conv2d(x, weight, bias, (1, self.stride[0])).squeeze(2)
 
 
 def windows(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -106,7 +114,7 @@ class ConvBlock(nn.Sequential):
 
     def __init__(self, in_channels: int, layer: ConvLayer, norm: Optional[nn.Module], bias: bool):
         channels, kernel, stride = layer
-        conv_class = ChannelsLastConv1d if isinstance(norm, ChannelLayerNorm) else nn.Conv1d
+        conv_class = ChannelsLastConv1d if isinstance(norm, ChannelLayerNorm) else PlainConv1d
         conv = conv_class(in_channels, channels, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(conv.weight)
         super().__init__(conv, nn.Identity(), *([] if norm is None else [norm]), nn.GELU())

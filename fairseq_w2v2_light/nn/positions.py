@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gating import gated
+from .precision import convolve
 
 
 class WeightNormConv1d(nn.Module):
@@ -67,11 +68,7 @@ class WeightNormConv1d(nn.Module):
         if gate is not None and self.places is not None:
             gate = torch.zeros_like(self.bias).index_copy(0, self.places, gate.to(self.bias.dtype))
         weight, bias = gated(self.weight(), gate, dim=0), gated(self.bias, gate)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            # oneDNN of torch 2.13 computes garbage on CPUs with AMX for some numbers of channels in a group
-            y = F.conv1d(x.float(), weight.float(), bias.float(), stride, groups=self.groups).to(x.dtype)
-        else:
-            y = F.conv1d(x, weight, bias, stride, groups=self.groups)
+        y = convolve(lambda *inputs: F.conv1d(*inputs, stride, groups=self.groups), x, weight, bias)
         return y if self.places is None else y.index_select(1, self.places)
 
 

@@ -1,9 +1,11 @@
-"""Parameters that stay in fp32, whatever becomes of the model around them."""
+"""What stays in fp32, whatever becomes of the model around it: some parameters, and convolutions on CPUs."""
 
 from __future__ import annotations
 
+from typing import Callable, Optional
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Fp32Parameters(nn.Module):
@@ -29,3 +31,15 @@ class Fp32Parameters(nn.Module):
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"].float()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def convolve(
+    convolution: Callable[[Tensor, Tensor, Optional[Tensor]], Tensor], x: Tensor, weight: Tensor, bias: Optional[Tensor]
+) -> Tensor:
+    """`convolution` of (x, weight, bias), computed in fp32 where they are bfloat16 on a CPU.
+
+    With AMX, oneDNN of torch 2.13 computes garbage for some numbers of channels in a group, and NaN of some gradients.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return convolution(x, weight, bias)
+    return convolution(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
