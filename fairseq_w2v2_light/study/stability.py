@@ -381,8 +381,8 @@ def format_stability(results: Sequence[Stability], audio: str) -> str:
             *lines,
             "",
             "cosine, change: between input and output of the layer at that depth, |output - input| / |input|, mean "
-            "over frames; CKA: linear, of the two. Where LayerNorms stand changes what is alike: pre-LN layers add to a "
-            "stream that grows, post-LN ones are normalised after each addition.",
+            "over frames; CKA: linear, of the two. Where LayerNorms stand changes what is alike: pre-LN layers add to "
+            "a stream that grows, post-LN ones are normalised after each addition.",
         ]
     )
 
@@ -430,7 +430,11 @@ def plot_stability(results: Sequence[Stability], path: Path, audio: str) -> None
     columns = 6 * max(3, len(results))
     figure = pyplot.figure(figsize=(4.5 * max(3, len(results)), 8.5))
     grid = figure.add_gridspec(2, columns)
-    labels = [f"{result.name} ({result.unique_layers} of {len(result.layers)} stored)" for result in results]
+    labels = [
+        f"{result.name} ({result.unique_layers} of {len(result.layers)} stored"
+        + (")" if result.trained else ", random weights)")
+        for result in results
+    ]
     titles = ["cosine of input and output", "linear CKA of input and output", "|output - input| / |input|"]
     for number, (column, title) in enumerate(zip(_COLUMNS, titles)):
         width = columns // 3
