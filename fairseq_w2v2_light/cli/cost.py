@@ -1,4 +1,4 @@
-"""`w2v2-light cost`: parameters, bytes, MACs of a recipe, checkpoint or model folder; with --latency, how it waits."""
+"""`w2v2-light cost`: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
 import json
 
@@ -33,6 +33,6 @@ def run(args) -> int:
     if args.latency:
         result, form = latency(subject, args.operating_point), format_latency
     else:
-        result, form = cost(subject, args.seconds, args.operating_point), format_cost
+        result, form = cost(subject, args.seconds, args.operating_point, dry_run=True), format_cost
     print(json.dumps(result, indent=2) if args.json else form(result))
     return 0

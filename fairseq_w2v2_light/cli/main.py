@@ -28,7 +28,8 @@ VERBS = {
     "student": ("student", "make a small model with layers of a large one, to distil into"),
     "prune": ("prune", "remove what the gates of a checkpoint closed, and write a smaller one that computes the same"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
-    "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
+    "cost": ("cost", "count parameters, multiply-accumulates, bytes and memory of a recipe or a model"),
+    "stability": ("stability", "compare what layers make of their input, and the layers with each other"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "quantize": ("quantize", "write a fine-tuned model as a model folder with int8 weights: smaller and faster"),
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
@@ -42,7 +43,7 @@ VERBS = {
 # those that read checkpoints, and take --trust-checkpoint
 CHECKPOINT_VERBS = (
     *("convert", "student", "prune", "cost", "export", "stream", "infer"),
-    *("transcribe", "evaluate", "quantize", "tune-lm"),
+    *("transcribe", "evaluate", "quantize", "tune-lm", "stability"),
 )
 
 EXIT_USAGE = 2

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ..data.manifest import first_difference
 from ..models.checkpoint import EncoderCheckpoint, load_encoder, require_finite_weights
-from ..models.w2v2_light import PRETRAINING_HEADS, STOCHASTIC, network_config
+from ..models.w2v2_light import STOCHASTIC, build_backbone
 from ..nn.backbone import Backbone
 from ..nn.frontend import receptive_field
 from ..nn.masks import pooled_length
 from ..nn.operating_point import OperatingPoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PRETRAINING_ONLY = (*(f"{name}." for name in PRETRAINING_HEADS), "mask_emb", "_ema")
 _READ_BYTES = 1 << 22
 
 
@@ -118,16 +117,11 @@ class Teacher:
             )
         checkpoint = load_encoder(path, key)
         where = f"{key}: {path}"
-        weights = {name: value for name, value in checkpoint.model.items() if not name.startswith(_PRETRAINING_ONLY)}
-        require_finite_weights({**weights, **(checkpoint.head or {})}, where)
+        require_finite_weights(checkpoint.head or {}, where)
         if needs_logits:
             _check_head(checkpoint, symbols, where)
         normalizes = _check_audio(checkpoint, normalize, sample_rate, where)
-        try:
-            backbone = Backbone(network_config(checkpoint.cfg.model))
-            backbone.load_state_dict(weights, strict=True)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"{where}: cannot be built from its configuration and weights: {error}") from error
+        backbone = build_backbone(checkpoint, where)
         return cls(
             path,
             backbone,

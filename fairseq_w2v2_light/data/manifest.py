@@ -267,6 +267,30 @@ def list_splits(data_dir: PathLike) -> List[str]:
     return splits
 
 
+def audio_paths(data_dir: PathLike, split: str) -> List[Path]:
+    """The audio file of each utterance of a split; a relative root is taken from the folder, or from where we are.
+
+    Raises FileNotFoundError when there is no such split; ValueError for one that is malformed or empty, and for parts
+    of a zip file.
+    """
+    data_dir = Path(data_dir)
+    tsv = data_dir / f"{split}.tsv"
+    if not tsv.is_file():
+        raise FileNotFoundError(
+            f"{tsv}: no such split; {data_dir} has: {', '.join(list_splits(data_dir))}; name one with --split"
+        )
+    listed = read_manifest(tsv)
+    if not listed.entries:
+        raise ValueError(f"{tsv}: split {split!r} is empty: it lists no utterance after the root line")
+    for number, entry in enumerate(listed.entries, start=2):
+        if is_zip_slice(entry.path):
+            raise ValueError(f"{tsv}:{number}: {entry.path} is a part of a zip file; unpack it and prepare it again")
+    # data sets that are passed around have relative roots, which fairseq takes from where it runs
+    roots = [data_dir / listed.root, Path(listed.root)]
+    root = next((root for root in roots if (root / listed.entries[0].path).exists()), roots[0])
+    return [root / entry.path for entry in listed.entries]
+
+
 def list_label_suffixes(data_dir: PathLike) -> List[str]:
     """Label kinds of a data folder, by its dictionaries `dict.{suffix}.txt`; sorted, empty for unlabelled data."""
     return sorted(path.name[len("dict.") : -len(".txt")] for path in Path(data_dir).glob("dict.*.txt"))

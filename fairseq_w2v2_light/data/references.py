@@ -236,28 +236,17 @@ def _is_manifest(path: Path) -> bool:
 
 def _manifest_references(folder: Path, split: str) -> List[Reference]:
     tsv = folder / f"{split}.tsv"
-    if not tsv.is_file():
-        raise FileNotFoundError(
-            f"{tsv}: no such split; {folder} has: {', '.join(manifest.list_splits(folder))}; name one with --split"
-        )
+    paths = manifest.audio_paths(folder, split)
     listed = manifest.read_manifest(tsv)
-    if not listed.entries:
-        raise ValueError(f"{tsv}: split {split!r} is empty: it lists no utterance after the root line")
-    # data sets that are passed around have relative roots, which fairseq takes from where it runs
-    roots = [folder / listed.root, Path(listed.root)]
-    root = next((root for root in roots if (root / listed.entries[0].path).exists()), roots[0])
     texts = _transcripts(folder, split)
     if len(texts) != len(listed.entries):
         raise ValueError(
             f"{tsv}: lists {len(listed.entries)} utterances, but its transcripts have {len(texts)} lines; line n of "
             "these belongs to line n + 1 of the manifest; prepare the folder again"
         )
-    for number, entry in enumerate(listed.entries, start=2):
-        if manifest.is_zip_slice(entry.path):
-            raise ValueError(f"{tsv}:{number}: {entry.path} is a part of a zip file; unpack it and prepare it again")
     return [
-        Reference(entry.path, text, root / entry.path, f"{tsv}:{number}")
-        for number, (entry, text) in enumerate(zip(listed.entries, texts), start=2)
+        Reference(entry.path, text, path, f"{tsv}:{number}")
+        for number, (entry, text, path) in enumerate(zip(listed.entries, texts, paths), start=2)
     ]
 
 

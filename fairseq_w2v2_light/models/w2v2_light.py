@@ -17,6 +17,7 @@ from ..nn.config import EncoderConfig, encoder_config_from
 from ..nn.heads import ProjectionMLP
 from ..nn.masks import FrameMask
 from ..nn.operating_point import OperatingPoint
+from .checkpoint import EncoderCheckpoint, require_finite_weights
 from .masking import span_mask, training_randomness
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ GATES_GROUP = "gates"
 STREAMING_KEYS = ("chunk_frames", "left_context_frames", "lookahead_frames")
 # parts of the model that fine-tuning takes away
 PRETRAINING_HEADS = ("quantizer", "project_q", "target_glu", "final_proj")
+_PRETRAINING_ONLY = (*(f"{name}." for name in PRETRAINING_HEADS), "mask_emb", "_ema")
 WFE_C = (
     "[(64, 10, 5), (128, 3, 2), (128, 1, 1), (128, 3, 2), (128, 1, 1), (256, 3, 2), (256, 1, 1), (256, 3, 2), "
     "(256, 1, 1), (512, 2, 2), (512, 1, 1), (512, 2, 2), (512, 1, 1)]"
@@ -153,6 +155,21 @@ def network_config(cfg: W2V2LightConfig) -> EncoderConfig:
     """
     keys = OmegaConf.to_container(cfg, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
     return encoder_config_from(keys)
+
+
+def build_backbone(checkpoint: EncoderCheckpoint, where: str) -> Backbone:
+    """Frontend and Transformer of a checkpoint, with its weights, in training mode.
+
+    Raises ValueError that begins with `where` for weights that are not finite or do not fit the configuration.
+    """
+    weights = {name: value for name, value in checkpoint.model.items() if not name.startswith(_PRETRAINING_ONLY)}
+    require_finite_weights(weights, where)
+    try:
+        backbone = Backbone(network_config(checkpoint.cfg.model))
+        backbone.load_state_dict(weights, strict=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: cannot be built from its configuration and weights: {error}") from error
+    return backbone
 
 
 @register_model("w2v2_light", dataclass=W2V2LightConfig)

@@ -1,12 +1,12 @@
-"""What a model costs: parameters, bytes and MACs of a recipe or a checkpoint."""
+"""What a model costs: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
 from ..models.parts import PARTS, part_of
@@ -15,9 +15,12 @@ from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, netw
 from ..nn.backbone import Backbone
 from ..nn.config import EncoderConfig
 from ..nn.counts import SAMPLE_RATE, count_macs, widths_of
+from ..nn.latency import algorithmic_latency
 from ..nn.operating_point import OperatingPoint
 from ..nn.positions import causal_kernel
-from ..runtime.folder import is_model_folder, read_folder
+from ..runtime.ctc import CtcModel
+from ..runtime.folder import DTYPES, is_model_folder, read_folder
+from ..runtime.quantized import INT8, shape_quantized_
 
 LETTERS = 32
 
@@ -35,6 +38,7 @@ class Subject:
     vocabulary: int
     pretraining_heads: bool = False
     normalizes: bool = False
+    stored_dtype: Optional[str] = None
 
     @property
     def network(self) -> EncoderConfig:
@@ -55,7 +59,7 @@ class Subject:
 
 @dataclass
 class FolderSubject:
-    """A model folder to count; see `Subject`."""
+    """A model folder to count; see `Subject`. stored_dtype: of the weights in it."""
 
     network: EncoderConfig
     own_point: str
@@ -63,6 +67,7 @@ class FolderSubject:
     normalizes: bool
     name: str = "model folder"
     pretraining_heads: bool = False
+    stored_dtype: str = "float32"
 
     def build(self) -> nn.Module:
         """The network, without memory."""
@@ -82,7 +87,8 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
         if changes:
             raise ValueError(f"'{source}': a model folder is as it is; leave out {' '.join(overrides)}")
         model = read_folder(source)
-        return FolderSubject(model.config, str(model.point), len(model.symbols), model.normalize)
+        labels = len(model.symbols)
+        return FolderSubject(model.config, str(model.point), labels, model.normalize, stored_dtype=model.stored_dtype)
     if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
         return _checkpoint_subject(source, changes)
     recipe = load_recipe(source)
@@ -157,39 +163,80 @@ def _count_parameters(subject: Union[Subject, FolderSubject], model: nn.Module) 
     return parts, dropped
 
 
-def cost(subject: Union[Subject, FolderSubject], seconds: float = 10.0, point: str = "") -> Dict[str, Any]:
+def bytes_by_dtype(config: EncoderConfig, vocabulary: int) -> Dict[str, int]:
+    """Bytes of the weights of a model folder in each dtype that `export` and `quantize` write.
+
+    Network and CTC head of `vocabulary` labels (0: the network alone), without gates; of int8 ones the scales, and what
+    stays in fp32, are part. The file's header, some 100 bytes a tensor, is not.
+    """
+    with torch.device("meta"):
+        model = CtcModel(replace(config, prune_units=()), [""] * max(1, vocabulary))
+    stored = model if vocabulary else model.backbone
+    sizes = {name: _bytes(stored.state_dict(), dtype) for name, dtype in DTYPES.items() if name != INT8}
+    shape_quantized_(model)
+    return {**sizes, INT8: _bytes(stored.state_dict(), DTYPES[INT8])}
+
+
+def _bytes(weights: Mapping[str, Tensor], floats: torch.dtype) -> int:
+    """Bytes of weights whose floats are stored in the dtype `floats`."""
+    return sum(
+        value.numel() * (floats.itemsize if value.is_floating_point() else value.element_size())
+        for value in weights.values()
+    )
+
+
+def cost(
+    subject: Union[Subject, FolderSubject], seconds: float = 10.0, point: str = "", dry_run: bool = False
+) -> Dict[str, Any]:
     """Everything that can be counted, as one JSON-ready dict.
 
     `parameters` are stored ones, `effective_parameters` what they would be without sharing,
     `parameters_with_pretraining_heads` what a CTC model would have had it kept those (Shrinking Bigfoot counts so, and
-    so do others who say 317 M); `bytes` in fp32; `macs` of inference on `seconds` of 16 kHz audio at the operating
-    point (`point`, else the model's own); `kept`: what pruning left, see `kept_widths`.
+    so do others who say 317 M); `bytes` in fp32, `bytes_by_dtype` those of a model folder, which stores no heads of
+    pre-training and no mask vector; `stored_dtype`: of a folder's weights, None of others; `macs` of inference on
+    `seconds` of 16 kHz audio at the operating point (`point`, else the model's own): squeezing is a part of the
+    positions, whose strided convolution does it, and of `unsqueeze`; `latency_ms`: the algorithmic one there, None
+    where it is unbounded; `kept`: what pruning left, see `kept_widths`.
+
+    With `dry_run`, which takes a second, also `activation_bytes` of that inference, the most alive at once, and
+    `activation_bytes_by_part`: the most during the frontend and during the Transformer; see study/memory.py.
     """
     config = subject.network
     chosen = operating_point(subject, point)
     model = subject.build()
     parameters, dropped = _count_parameters(subject, model)
-    macs = count_macs(config, round(seconds * SAMPLE_RATE), chosen, subject.vocabulary)
+    samples = round(seconds * SAMPLE_RATE)
+    macs = count_macs(config, samples, chosen, subject.vocabulary)
+    waits = algorithmic_latency(config, chosen)
     total = sum(parameters.values())
     stored = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.encoder.layers]
-    return {
+    result = {
         "model": subject.name,
         "kind": "ctc" if subject.vocabulary else "pretraining",
         "parameters": total,
         "effective_parameters": total - sum(stored) + sum(stored[index] for index in config.layer_map),
         "parameters_with_pretraining_heads": total + dropped,
         "bytes": 4 * total,
+        "bytes_by_dtype": bytes_by_dtype(config, subject.vocabulary),
+        "stored_dtype": subject.stored_dtype,
         "parameters_by_part": parameters,
         "seconds": seconds,
         "operating_point": str(chosen),
         "macs": sum(macs.values()),
         "macs_by_part": macs,
+        "latency_ms": None if waits is None else 1000 * waits.total / SAMPLE_RATE,
         "layers": config.depth,
         "unique_layers": config.unique_layers,
         "attention_maps": -(-config.depth // config.attention_map_every),
         "operating_points": [str(trained) for trained in config.operating_points.points()],
         "kept": kept_widths(config),
     }
+    if dry_run:
+        from .memory import activation_memory  # torch's tensors without values take seconds to import
+
+        parts = activation_memory(config, samples, chosen, subject.vocabulary, subject.normalizes)
+        result.update(activation_bytes=max(parts.values()), activation_bytes_by_part=parts)
+    return result
 
 
 def kept_widths(config: EncoderConfig) -> Dict[str, List[int]]:
@@ -227,7 +274,7 @@ def format_cost(result: Dict[str, Any]) -> str:
         (f"layers ({result['unique_layers']} stored, {result['layers']} deep)", parameters["layers"], None),
         ("  attention", None, macs["attention"]),
         ("  FFN", None, macs["ffn"]),
-        ("unsqueeze", parameters["unsqueeze"], macs["unsqueeze"]),
+        ("squeeze (unsqueeze layer)", parameters["unsqueeze"], macs["unsqueeze"]),
         ("norms, mask vector", parameters["norms"], None),
         (head, parameters["heads"], macs["head"]),
         ("total", result["parameters"], result["macs"]),
@@ -244,6 +291,19 @@ def format_cost(result: Dict[str, Any]) -> str:
         f"{result['bytes'] / 2**20:.1f} MiB in fp32; {result['effective_parameters']:,} parameters without sharing; "
         f"{result['attention_maps']} attention maps"
     )
+    lines.append(_format_bytes(result))
+    if "activation_bytes" in result:
+        parts = result["activation_bytes_by_part"]
+        shares = ", ".join(f"{_mib(size)} in the {part}" for part, size in parts.items())
+        lines.append(
+            f"activation memory {_mib(result['activation_bytes'])} (fp32, batch 1, beside the weights): {shares}"
+        )
+    waits = result["latency_ms"]
+    lines.append(
+        "algorithmic latency "
+        + ("unbounded: it hears the whole utterance" if waits is None else f"{waits:.1f} ms")
+        + " (--latency explains)"
+    )
     if result["kept"]:
         lines.append(_format_kept(result["kept"]))
     if result["parameters_with_pretraining_heads"] != result["parameters"]:
@@ -252,6 +312,18 @@ def format_cost(result: Dict[str, Any]) -> str:
             "published counts often include (the 317 M of LARGE, for one)"
         )
     return "\n".join(lines)
+
+
+def _format_bytes(result: Dict[str, Any]) -> str:
+    sizes, stored = result["bytes_by_dtype"], result["stored_dtype"]
+    others = ", ".join(f"{_mib(size)} in {dtype}" for dtype, size in sizes.items() if dtype != stored)
+    if stored is None:
+        return f"as a model folder {others}" + ("" if result["kind"] == "ctc" else " (the network without heads)")
+    return f"stored in {stored}: {_mib(sizes[stored])}; it would be {others}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _format_kept(kept: Dict[str, List[int]]) -> str:

@@ -2,6 +2,7 @@ import pytest
 
 from fairseq_w2v2_light.data.manifest import (
     Entry,
+    audio_paths,
     list_splits,
     localise_manifest,
     read_dictionary,
@@ -199,3 +200,19 @@ def test_shared_digits_are_localised_and_valid(shared_data, tmp_path):
     assert splits == ["test", "train", "valid"]
     for split in splits:
         validate_split(tmp_path / "digits", split, "ltr")
+
+
+@pytest.mark.parametrize("root", ["audio", None])
+def test_audio_paths_of_a_split(tmp_path, root):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.wav").write_text("")
+    (tmp_path / "test.tsv").write_text(f"{root or tmp_path / 'audio'}\na.wav\t800\nb.wav\t900\n")
+    assert audio_paths(tmp_path, "test") == [tmp_path / "audio" / name for name in ("a.wav", "b.wav")]
+    with pytest.raises(FileNotFoundError, match="valid.tsv: no such split; .* has: test; name one with --split"):
+        audio_paths(tmp_path, "valid")
+
+
+def test_audio_paths_of_zip_files_are_refused(tmp_path):
+    (tmp_path / "test.tsv").write_text("/nowhere\na.zip:10:20\t800\n")
+    with pytest.raises(ValueError, match="test.tsv:2: a.zip:10:20 is a part of a zip file"):
+        audio_paths(tmp_path, "test")

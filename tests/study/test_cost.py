@@ -409,3 +409,41 @@ def test_a_model_folder_costs_what_its_checkpoint_does(tmp_path):
     assert found["parameters"] == expected["parameters"] - 32
     with pytest.raises(ValueError, match="a model folder is as it is; leave out model.encoder_layers=2"):
         load_subject(str(tmp_path / "folder"), ["model.encoder_layers=2"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_are_those_of_the_folder(tmp_path, dtype):
+    path = finetuned(tmp_path, **STOCHASTIC, encoder_embed_dim=256, encoder_ffn_embed_dim=1024, conv_pos_groups=16)
+    export_folder(path, tmp_path / "folder", dtype=dtype)
+    sizes = [cost(load_subject(str(source), []))["bytes_by_dtype"] for source in (path, tmp_path / "folder")]
+    assert sizes[0] == sizes[1] and list(sizes[0]) == ["float32", "bfloat16", "int8"]
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "folder").iterdir())
+    assert sizes[0][dtype] == pytest.approx(on_disk, rel=0.01)
+    found = cost(load_subject(str(tmp_path / "folder"), []))
+    assert found["stored_dtype"] == dtype
+    assert f"stored in {dtype}: {sizes[0][dtype] / 2**20:,.1f} MiB; it would be" in format_cost(found)
+
+
+def test_bytes_of_pre_training_are_those_of_the_network():
+    subject = load_subject(TINY, [])
+    result = cost(subject)
+    parts = result["parameters_by_part"]
+    network = result["parameters"] - parts["heads"] - subject.network.dim  # the mask vector
+    assert result["bytes_by_dtype"]["float32"] == 4 * network and result["bytes_by_dtype"]["bfloat16"] == 2 * network
+    assert result["stored_dtype"] is None and "(the network without heads)" in format_cost(result)
+
+
+def test_latency_is_a_line_of_the_table():
+    streaming = cost(load_subject("distillation/streaming_tiny", []))
+    assert streaming["latency_ms"] > 0
+    assert f"algorithmic latency {streaming['latency_ms']:.1f} ms" in format_cost(streaming)
+    offline = cost(load_subject(TINY, []))
+    assert offline["latency_ms"] is None and "algorithmic latency unbounded" in format_cost(offline)
+
+
+def test_the_verb_says_how_much_memory_activations_take(capsys):
+    assert main(["cost", TINY, "--seconds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    parts = result["activation_bytes_by_part"]
+    assert list(parts) == ["frontend", "transformer"] and result["activation_bytes"] == max(parts.values()) > 0
+    assert f"activation memory {result['activation_bytes'] / 2**20:.1f} MiB" in format_cost(result)
