@@ -113,7 +113,7 @@ def measure_activations(
                 memory.begin("frontend")
                 wave = torch.zeros(1, samples)
                 heard = normalized(wave) if normalizes else wave
-                head(backbone.encode(heard, None, point)[0].x)
+                head(backbone.encode(heard, None, point, keep_layers=False)[0].x)
     finally:
         hook.remove()
     return memory.peaks
