@@ -89,7 +89,7 @@ def test_a_recorded_point_per_layer_is_a_candidate(model, speeds):
 
 def test_a_budget_that_is_not_kept_leaves_the_recogniser_alone(model, speeds):
     speeds(s1q1k1=0.4, s1q2k1=0.3, s2q1k1=0.2, s2q2k1=0.1)
-    with pytest.raises(ValueError, match="the fastest, s2q2k1, has a real-time factor of 0.1; give --budget rtf=0.1"):
+    with pytest.raises(ValueError, match="the fastest, s2q2k1, has a real-time factor of 0.1 for utterances of 10 s; give --budget rtf=0.1"):
         recognition_options.recognizer(options("--model", model, "--auto-operating-point", "--budget", "rtf=0.05"))
 
 
