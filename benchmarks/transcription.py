@@ -110,9 +110,13 @@ def measure(args, folder: Path) -> int:
 
     zeros = [utterances[index].zeros for index in order]
     print(f"{args.model}, torch {torch.__version__}, {args.threads} thread(s)")
-    print(f"{result['seconds'] / 60:.1f} minutes: {len(order)} utterances, {len(used)} different ones, of which", end=" ")
+    print(
+        f"{result['seconds'] / 60:.1f} minutes: {len(order)} utterances, {len(used)} different ones, of which", end=" "
+    )
     noise = "zeros" if args.gap_noise is None else f"noise of {args.gap_noise:g} dB"
-    print(f"{sum(utterances[index].zeros for index in used)} have zeros of their own; {args.gap:g} s of {noise} between\n")
+    print(
+        f"{sum(utterances[index].zeros for index in used)} have zeros of their own; {args.gap:g} s of {noise} between\n"
+    )
 
     words = [(word, place) for place, index in enumerate(order) for word in alone[index]["text"].split()]
     changed = differences(words, result["words"], starts)
@@ -212,7 +216,9 @@ def transcribe(args, paths: Sequence[Path]) -> Run:
     return Run(results, json.loads(result.stderr.splitlines()[-1]))
 
 
-def differences(words: Sequence[Tuple[str, int]], heard: Sequence[Dict[str, Any]], starts: Sequence[float]) -> List[int]:
+def differences(
+    words: Sequence[Tuple[str, int]], heard: Sequence[Dict[str, Any]], starts: Sequence[float]
+) -> List[int]:
     """The place, among the utterances, of each word that the file has not, or has besides, or in place of another.
 
     words: what was heard of the utterances alone, and the place of each.

@@ -57,3 +57,21 @@ def test_quantized_compares_bytes_and_time():
         assert float(row["weights"].split()[0]) > 0 and float(row["median"].split()[0]) > 0
         limit = 1e-4 if row["model"].endswith("float32") else 0.1
         assert float(row["error of the logits"]) < limit
+
+
+def test_transcription_gives_the_text_of_the_pieces():
+    measured = {row[0]: row[1] for row in smoke("transcription.py")[1:]}
+    assert int(measured["words of the utterances"]) > 20
+    assert measured["in the others"] == "0"
+    assert int(measured["in utterances with zeros of their own"]) == int(measured["words that differ"].split()[0])
+    # the references are what the utterances were recognised as
+    assert measured["WER of the utterances, of the file"].startswith("0.00 %, ")
+    assert any(name.startswith("starts of") for name in measured)
+
+
+def test_budget_compares_what_it_took_with_the_budget():
+    columns, row = smoke("budget.py")
+    measured = dict(zip(columns, row))
+    assert measured["point"].startswith("s") and float(measured["budget"]) > 0
+    assert float(measured["expected"].split()[0]) <= 1
+    assert all(float(measured[name].split()[0]) > 0 for name in ("recordings took", "point measured again"))

@@ -53,6 +53,7 @@ _LONG = 10.0  # seconds to wait without a word
 # what is looked at of the recordings to be transcribed; headers may promise years
 _MOST_RECORDINGS, _LONGEST_RECORDING = 500, 3600.0
 _CACHE_VERSION = 2
+NOW = "measured now"
 
 Run = Callable[[OperatingPoint, np.ndarray], Any]
 
@@ -173,6 +174,11 @@ class Speed:
     start: float = 0.0
 
 
+def noise_of(sample_rate: int) -> np.ndarray:
+    """(samples,) float32: the ten seconds that are heard in a measurement."""
+    return np.random.default_rng(0).normal(0, 0.1, SECONDS * sample_rate).astype(np.float32)
+
+
 def measure(
     run: Run,
     points: Sequence[OperatingPoint],
@@ -185,7 +191,7 @@ def measure(
 
     run: takes a point and (samples,) float32. note: is told how long it will take, if that is long.
     """
-    noise = np.random.default_rng(0).normal(0, 0.1, SECONDS * sample_rate).astype(np.float32)
+    noise = noise_of(sample_rate)
 
     def seconds(point: OperatingPoint, samples: np.ndarray) -> float:
         start = clock()
@@ -227,7 +233,9 @@ class Workload:
     longest: float = Windowing().longest
 
     @classmethod
-    def of(cls, recordings: Sequence[Any], duration: Callable[[Any], float], longest: Optional[float] = None) -> Workload:
+    def of(
+        cls, recordings: Sequence[Any], duration: Callable[[Any], float], longest: Optional[float] = None
+    ) -> Workload:
         """Of recordings, of which no more than a few hundred are opened."""
         some = recordings[:: -(-len(recordings) // _MOST_RECORDINGS) or 1]
         return cls(tuple(map(duration, some)), Windowing().longest if longest is None else longest)
@@ -301,7 +309,7 @@ def choose(
     ranking: Ranking,
     speeds: Mapping[OperatingPoint, Speed],
     budget: float,
-    measured: str = "measured now",
+    measured: str = NOW,
     workload: Workload = Workload(),
     macs: Callable[[OperatingPoint, float], float] = lambda point, seconds: seconds,
 ) -> Choice:
@@ -309,9 +317,7 @@ def choose(
 
     workload: the recordings that are to keep it. macs: of a point and an utterance of some seconds.
     """
-    factors = {
-        point: workload.factor(speeds[point], functools.partial(macs, point)) for point in ranking.points
-    }
+    factors = {point: workload.factor(speeds[point], functools.partial(macs, point)) for point in ranking.points}
     for point in ranking.points:
         if factors[point] <= budget:
             return Choice(point, ranking, dict(speeds), budget, measured, factors, workload)
@@ -393,9 +399,7 @@ def read_cache(
         date = datetime.date.fromisoformat(values["date"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    sane = all(
-        0 < speed.median <= speed.slow < math.inf and 0 <= speed.start < math.inf for speed in speeds.values()
-    )
+    sane = all(0 < speed.median <= speed.slow < math.inf and 0 <= speed.start < math.inf for speed in speeds.values())
     return (speeds, f"measured on {date}") if sane else None
 
 
@@ -434,7 +438,7 @@ def kept_or_measured(
             write_cache(file, key, speeds)
     except OSError as error:
         note(f"{file}: the measurement could not be kept ({error.strerror}); it will be made again the next time")
-    return speeds, "measured now"
+    return speeds, NOW
 
 
 def record(folder: PathLike, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -99,7 +99,9 @@ def spelled(path):
 @pytest.mark.parametrize("frames", [3, 5, 7])
 def test_forced_labels_stand_where_the_best_of_all_paths_has_them(labels, frames):
     log_probs = np.log(np.random.RandomState(len(labels) + frames).dirichlet(np.ones(3), frames))
-    paths = [path for path in itertools.product(range(3), repeat=frames) if [run[0] for run in spelled(path)] == [*labels]]
+    paths = [
+        path for path in itertools.product(range(3), repeat=frames) if [run[0] for run in spelled(path)] == [*labels]
+    ]
     if not paths:
         with pytest.raises(ValueError, match=f"found {frames} frames for {len(labels)} labels; .* and 4 frames"):
             forced_tokens(log_probs, labels, 0)
