@@ -260,7 +260,7 @@ def word_times(model, utterances, order, starts, heard):
 
 
 def forced_times(recognizer: Recognizer, labels: Labels, utterance: Utterance) -> List[Tuple[float, float]]:
-    """When each word of an utterance's reference begins and ends by the most probable path; none if it has no labels."""
+    """When each word of a reference begins and ends by the most probable path; none where it has other labels."""
     config, rate = recognizer.model.config, recognizer.sample_rate
     text = utterance.reference
     spelling = text.split() if labels.kind == "word" else " ".join(text.split()).replace(" ", "|") + "|"

@@ -29,8 +29,7 @@ def export_folder(
 
     dictionary: dict.ltr.txt, for a checkpoint without labels. sentencepiece: the labels' model file, to be kept with
     them (a folder's own is kept). dtype: "float32", "bfloat16" for half the size, or "int8" for about a quarter. What
-    another folder's config.json says about the model is kept as far as it holds of these weights, too: see `kept`. Raises
-    as `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
+    another folder's config.json says about the model is kept as far as it still holds: see `kept`. Raises as `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
     """
     source = Path(source)
     if sentencepiece is not None and not Path(sentencepiece).is_file():
@@ -74,8 +73,8 @@ def describe(model: CtcModel, training: Optional[Dict[str, Any]] = None) -> Dict
 def kept(earlier: Dict[str, Any], about: Dict[str, Any], stored: str, dtype: str) -> Dict[str, Any]:
     """`about` with what a folder said before of the same model, but for what `about` says anew.
 
-    stored, dtype: of the weights before and now. Where they differ, of what was measured at operating points (WERs) only
-    that stays which was measured in the new one.
+    stored, dtype: of the weights before and now. Where they differ, of what was measured at operating points (WERs)
+    only that stays which was measured in the new one.
     """
     found = earlier.get("operating_points")
     entries = {str(entry["point"]): dict(entry) for entry in about["operating_points"]}

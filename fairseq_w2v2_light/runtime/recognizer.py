@@ -244,7 +244,7 @@ class Recognizer:
 
 
 def batched(lengths: Sequence[float], most: float) -> Iterator[List[int]]:
-    """Indices of batches, the longest lengths first; times the longest of its lengths, a batch's size is `most`, or 1."""
+    """Indices of each batch, the longest lengths first: as many as are, times the longest of them, `most`, or one."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while rows:
         count = max(1, int(most // lengths[rows[0]]))

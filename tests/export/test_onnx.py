@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-
 from tiny_checkpoints import STOCHASTIC as POINTS
 from tiny_checkpoints import finetuned
 
