@@ -171,7 +171,8 @@ def compare_with_budget(args, compute: float, audio: float, note: Callable[[str]
     if args.auto_operating_point and audio and compute > 1.1 * audio * parse_budget(args.budget):
         note(
             f"note: this run had a real-time factor of {compute / audio:.4g}, above --budget {args.budget}: the "
-            "machine was busier than when it was measured (--measure-again), or there was too little audio to get under way"
+            "machine was busier than when it was measured (--measure-again), or there was too little audio to get "
+            "under way"
         )
 
 

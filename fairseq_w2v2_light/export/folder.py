@@ -29,7 +29,8 @@ def export_folder(
 
     dictionary: dict.ltr.txt, for a checkpoint without labels. sentencepiece: the labels' model file, to be kept with
     them (a folder's own is kept). dtype: "float32", "bfloat16" for half the size, or "int8" for about a quarter. What
-    another folder's config.json says about the model is kept as far as it still holds: see `kept`. Raises as `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
+    another folder's config.json says about the model is kept as far as it still holds: see `kept`. Raises as
+    `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
     """
     source = Path(source)
     if sentencepiece is not None and not Path(sentencepiece).is_file():
