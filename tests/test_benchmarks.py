@@ -66,3 +66,21 @@ def test_claims_compares_every_paper():
     assert float(timed["pruned by 40 %"][5].split()[0]) > 1.6 > float(timed["pruned by 20 %"][5].split()[0]) > 1.2
     papers = {row[0] for row in rows if len(row) == 4}
     assert {"W2V2-Light", "Shrinking Bigfoot", "Stochastic wav2vec 2.0", "HJ-Pruning"} <= papers
+
+
+def test_transcription_gives_the_text_of_the_pieces():
+    measured = {row[0]: row[1] for row in smoke("transcription.py")[1:]}
+    assert int(measured["words of the utterances"]) > 20
+    assert measured["in the others"] == "0"
+    assert int(measured["in utterances with zeros of their own"]) == int(measured["words that differ"].split()[0])
+    # the references are what the utterances were recognised as
+    assert measured["WER of the utterances, of the file"].startswith("0.00 %, ")
+    assert any(name.startswith("starts of") for name in measured)
+
+
+def test_budget_compares_what_it_took_with_the_budget():
+    columns, row = smoke("budget.py")
+    measured = dict(zip(columns, row))
+    assert measured["point"].startswith("s") and float(measured["budget"]) > 0
+    assert float(measured["expected"].split()[0]) <= 1
+    assert all(float(measured[name].split()[0]) > 0 for name in ("recordings took", "point measured again"))

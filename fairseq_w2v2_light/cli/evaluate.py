@@ -129,33 +129,21 @@ def _recognised(args, references: List[Reference]) -> Iterator[Result]:
             "columns path and text, or --hypotheses FILE"
         )
     _check_audio(references)
-    recognizer = recognition_options.recognizer(args)
+    paths = [reference.path for reference in references]
+    recognizer = recognition_options.recognizer(args, recordings=paths, longest=args.window)
     recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=args.window)
     entries = []
     for point in recognition_options.points(args, recognizer, args.all_points):
         recognizer.point = point
         about = recognition_options.describe(args, recognizer)
         result = recognise(recognizer, references, lambda text: normalised(args, text), about)
-        if args.auto_operating_point:
-            _compare_with_budget(args.budget, result)
+        recognition_options.compare_with_budget(args, result.compute, result.audio)
         entries.append(_entry(args, result))
         yield result
     if args.write_to_folder:
         from ..runtime.operating import record
 
         record(args.model, entries)
-
-
-def _compare_with_budget(budget: str, result: Result) -> None:
-    """Says so on standard error where a run took more than its budget and a tenth."""
-    from ..runtime.operating import parse_budget
-
-    factor = result.compute / result.audio if result.audio else 0.0
-    if factor > 1.1 * parse_budget(budget):
-        recognition_options.note(
-            f"note: this run had a real-time factor of {factor:.4g}, above the budget: the machine was busier than "
-            "when it was measured (--measure-again), or the utterances are much shorter than 10 s"
-        )
 
 
 def recognise(

@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 _OF_THE_LM = ("lexicon", "lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold")
 
@@ -31,7 +31,8 @@ def add_arguments(parser, several_points: bool = False, model_required: bool = T
     parser.add_argument(
         "--budget",
         metavar="rtf=FACTOR",
-        help="seconds of compute that a second of audio may take, e.g. rtf=0.05; of utterances of 10 s, one by one",
+        help="seconds of compute that a second of audio may take, e.g. rtf=0.05; of the recordings given, by their "
+        "lengths, else of utterances of 10 s, one by one",
     )
     parser.add_argument(
         "--measure-again", action="store_true", help="do not rely on what --auto-operating-point measured before"
@@ -95,10 +96,12 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def recognizer(args, note: Callable[[str], None] = note):
+def recognizer(args, note: Callable[[str], None] = note, recordings: Sequence[Any] = (), longest: float = 0.0):
     """The Recognizer that parsed options describe, at its (first) operating point.
 
-    note: is told what --auto-operating-point chose, and why. Raises ValueError and FileNotFoundError.
+    note: is told what --auto-operating-point chose, and why. recordings: paths of those that are to keep the budget;
+    None: a stream. longest: seconds that are heard at once, if not the default. Raises ValueError and
+    FileNotFoundError.
     """
     from ..runtime.recognizer import Recognizer
 
@@ -110,7 +113,7 @@ def recognizer(args, note: Callable[[str], None] = note):
     if decoder is not None:
         made.decoder = decoder
     if args.auto_operating_point:
-        choice = choose_point(args, made, note)
+        choice = choose_point(args, made, note, recordings, longest)
         made.point = choice.point
         note(choice.line())
         if args.verbose:
@@ -119,11 +122,12 @@ def recognizer(args, note: Callable[[str], None] = note):
     return made
 
 
-def choose_point(args, made, note: Callable[[str], None]):
-    """The Choice of an operating point for --budget, among those of the Recognizer `made`."""
+def choose_point(args, made, note: Callable[[str], None], recordings: Sequence[Any] = (), longest: float = 0.0):
+    """The Choice of an operating point for --budget, among those of the Recognizer `made`; others as `recognizer`."""
     import torch
 
     from ..runtime import operating
+    from ..runtime.audio import duration
     from ..runtime.folder import is_model_folder, read_config
 
     model = made.model
@@ -144,12 +148,32 @@ def choose_point(args, made, note: Callable[[str], None]):
             if transcript.error:
                 raise ValueError(f"{args.model}: cannot be measured at {point}: {transcript.error}")
 
+    def macs(point, seconds: float) -> int:
+        return operating.whole_macs(model.config, point, len(model.symbols), made.sample_rate, seconds)
+
+    workload = operating.Workload.of(recordings, lambda path: 0.0 if path is None else duration(path), longest or None)
     before = made.point
     try:
         speeds, measured = operating.kept_or_measured(run, candidates, key, made.sample_rate, args.measure_again, note)
+        choice = operating.choose(ranking, speeds, operating.parse_budget(args.budget), measured, workload, macs)
+        if measured != operating.NOW:
+            # a process's first call takes longer, whatever it hears: that belongs to loading
+            run(choice.point, operating.noise_of(made.sample_rate))
     finally:
         made.point = before
-    return operating.choose(ranking, speeds, operating.parse_budget(args.budget), measured)
+    return choice
+
+
+def compare_with_budget(args, compute: float, audio: float, note: Callable[[str], None] = note) -> None:
+    """Tells `note` where a run took more than --budget and a tenth; compute, audio: its seconds."""
+    from ..runtime.operating import parse_budget
+
+    if args.auto_operating_point and audio and compute > 1.1 * audio * parse_budget(args.budget):
+        note(
+            f"note: this run had a real-time factor of {compute / audio:.4g}, above --budget {args.budget}: the "
+            "machine was busier than when it was measured (--measure-again), or there was too little audio to get "
+            "under way"
+        )
 
 
 def points(args, made, all_points: bool = False) -> List[Any]:

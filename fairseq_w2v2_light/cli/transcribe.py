@@ -63,16 +63,21 @@ def add_arguments(parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress and no report on standard error")
 
 
-def load_recognizer(args):
-    """The Recognizer that parsed options describe."""
-    return recognition_options.recognizer(args, (lambda line: None) if args.quiet else recognition_options.note)
+def load_recognizer(args, recordings: Sequence[Recording] = ()):
+    """The Recognizer that parsed options describe, for `recordings`."""
+    paths = [None if recording.path == STANDARD_INPUT else recording.path for recording in recordings]
+    return recognition_options.recognizer(args, _note(args), paths)
+
+
+def _note(args):
+    return (lambda line: None) if args.quiet else recognition_options.note
 
 
 def run(args) -> int:
     _check_options(args)
     recordings = find_recordings(args.sources)
     _check_outputs(args, recordings)
-    recognizer = load_recognizer(args)
+    recognizer = load_recognizer(args, recordings)
 
     from ..runtime.formats import SUFFIXES, printable, render
     from ..runtime.recognizer import AudioStream
@@ -109,6 +114,7 @@ def run(args) -> int:
     factor = f", real-time factor {took / seconds:.3f}" if seconds else ""
     count = f"{len(recordings)} recording{'s' if len(recordings) > 1 else ''}"
     screen.note(f"{count}, {seconds:.1f} s of audio in {took:.1f} s ({recognizer.dtype}, {recognizer.point}{factor})")
+    recognition_options.compare_with_budget(args, took, seconds, _note(args))
     if failed:
         screen.line(f"{len(failed)} of {count} could not be read:")
         for message in failed:

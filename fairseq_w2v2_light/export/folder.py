@@ -28,27 +28,30 @@ def export_folder(
     """Writes the model of a fairseq checkpoint, or of another model folder, as a model folder; returns the model.
 
     dictionary: dict.ltr.txt, for a checkpoint without labels. sentencepiece: the labels' model file, to be kept with
-    them (a folder's own is kept). dtype: "float32", "bfloat16" for half the size, or "int8" for about a quarter. Raises
-    as `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
+    them (a folder's own is kept). dtype: "float32", "bfloat16" for half the size, or "int8" for about a quarter. What
+    another folder's config.json says about the model is kept as far as it still holds: see `kept`. Raises as
+    `load_ctc`, `quantize_` and `write_folder` do, and FileNotFoundError when `sentencepiece` is missing.
     """
     source = Path(source)
     if sentencepiece is not None and not Path(sentencepiece).is_file():
         raise FileNotFoundError(f"{sentencepiece}: no such sentencepiece model")
     if is_model_folder(source):
-        model, training = read_folder(source), read_config(source)["about"].get("training", {})
+        model, earlier = read_folder(source), read_config(source)["about"]
+        training = earlier.get("training", {})
         own = source / SENTENCEPIECE
         sentencepiece = own if sentencepiece is None and own.is_file() else sentencepiece
     else:
         checkpoint = read_checkpoint(source)
-        model, training = ctc_from_checkpoint(checkpoint, source, dictionary), checkpoint.training
+        model, training, earlier = ctc_from_checkpoint(checkpoint, source, dictionary), checkpoint.training, {}
     if model.config.prune_units:
         raise ValueError(f"{source}: the model has gates; remove what they closed first: w2v2-light prune {source} OUT")
     if model.stored_dtype == INT8:
         raise ValueError(f"{source}: its weights are int8 already; take the checkpoint, or a float32 folder, instead")
-    about = describe(model, training)
+    described = describe(model, training)
+    about = kept(earlier, described, model.stored_dtype, dtype)
     if dtype == INT8:
         quantize_(model)
-    write_folder(model, out, about, model_card(model, about, Path(out).name, dtype), sentencepiece, dtype)
+    write_folder(model, out, about, model_card(model, described, Path(out).name, dtype), sentencepiece, dtype)
     return model
 
 
@@ -66,6 +69,20 @@ def describe(model: CtcModel, training: Optional[Dict[str, Any]] = None) -> Dict
         "operating_points": points,
         "training": dict(training or {}),
     }
+
+
+def kept(earlier: Dict[str, Any], about: Dict[str, Any], stored: str, dtype: str) -> Dict[str, Any]:
+    """`about` with what a folder said before of the same model, but for what `about` says anew.
+
+    stored, dtype: of the weights before and now. Where they differ, of what was measured at operating points (WERs)
+    only that stays which was measured in the new one.
+    """
+    found = earlier.get("operating_points")
+    entries = {str(entry["point"]): dict(entry) for entry in about["operating_points"]}
+    for entry in found if isinstance(found, list) else []:
+        if isinstance(entry, dict) and "point" in entry and dtype in (stored, entry.get("dtype")):
+            entries[str(entry["point"])] = {**entry, **entries.get(str(entry["point"]), {})}
+    return {**earlier, **about, "operating_points": list(entries.values())}
 
 
 def model_card(model: CtcModel, about: Dict[str, Any], name: str, dtype: str = "float32") -> str:

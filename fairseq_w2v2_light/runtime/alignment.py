@@ -37,6 +37,43 @@ def token_confidences(log_probs: np.ndarray, tokens: Sequence[Token]) -> List[fl
     ]
 
 
+def forced_tokens(log_probs: np.ndarray, indices: Sequence[int], blank: int) -> List[Token]:
+    """Where given labels stand in the most probable CTC path that spells them (Viterbi).
+
+    log_probs: (frames, symbols). indices: the labels, without blanks. Raises ValueError where there are too few frames:
+    each label needs one, and two equal labels in a row one more between them.
+    """
+    labels = np.asarray(indices, dtype=np.int64)
+    repeated = np.append(False, labels[1:] == labels[:-1])
+    frames, least = len(log_probs), len(labels) + int(repeated.sum())
+    if frames < least or not len(labels):
+        raise ValueError(f"found {frames} frames for {len(labels)} labels; expected labels, and {least} frames or more")
+    # states: blank, first label, blank, second label, ..., blank
+    states = np.full(2 * len(labels) + 1, blank)
+    states[1::2] = labels
+    may_skip = np.zeros(len(states), dtype=bool)
+    may_skip[1::2] = ~repeated  # the blank before it
+    may_skip[1] = False
+    scores = np.where(np.arange(len(states)) < 2, log_probs[0, states], -np.inf)
+    steps = np.zeros((frames, len(states)), dtype=np.int8)
+    for frame in range(1, frames):
+        arrivals = np.stack([scores, _shifted(scores, 1), np.where(may_skip, _shifted(scores, 2), -np.inf)])
+        steps[frame] = arrivals.argmax(axis=0)
+        scores = arrivals.max(axis=0) + log_probs[frame, states]
+    state = len(states) - (1 if scores[-1] >= scores[-2] else 2)
+    path = np.empty(frames, dtype=np.int64)
+    for frame in range(frames - 1, -1, -1):
+        path[frame] = state
+        state -= steps[frame, state]
+    heard = [np.flatnonzero(path == 2 * position + 1) for position in range(len(labels))]
+    return [Token(int(label), int(at[0]), int(at[-1]) + 1) for label, at in zip(labels, heard)]
+
+
+def _shifted(scores: np.ndarray, states: int) -> np.ndarray:
+    """(n,): each score is that of so many states before."""
+    return np.concatenate([np.full(states, -np.inf), scores[:-states]])
+
+
 def timed_words(
     labels: Labels,
     tokens: Sequence[Token],

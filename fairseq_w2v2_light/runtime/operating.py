@@ -5,6 +5,10 @@ one. They are noise: what a network computes does not depend on what it hears. A
 that noise of the machine meets them alike, and each is taken to be as slow as nine in ten of its runs were not.
 A measurement is kept on disk, for this model on this machine.
 
+Recordings of other lengths take other times: each batch of them costs what a call does besides its audio (much of a
+small network's time, the more so for a length that oneDNN has not met), padding is computed, and attention grows with
+the length. Where the recordings are known, their real-time factor is estimated from all three.
+
 Accuracy is the word error rate that `w2v2-light evaluate --all-points --write-to-folder` recorded in a model folder;
 where not every point has one, the point with more multiply-accumulates is taken for the more accurate one.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -33,15 +38,22 @@ from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from .checkpoint import PathLike
 from .folder import CONFIG, WEIGHTS, is_model_folder, read_config
+from .recognizer import BATCH_SECONDS, LENGTH_GRID_SECONDS, batched
 from .timings import percentile
+from .windows import Windowing
 
 SECONDS = 10
 # runs of each point: as many as fit into the time limit, within these bounds
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 20
 TIME_LIMIT = 60.0
 _SLOW = 90  # percentile
+# short utterances, a longer one each round, until they begin again
+_SHORT_SECONDS, _SHORT_STEP, _SHORT_LENGTHS = 1.0, LENGTH_GRID_SECONDS, 8
 _LONG = 10.0  # seconds to wait without a word
-_CACHE_VERSION = 1
+# what is looked at of the recordings to be transcribed; headers may promise years
+_MOST_RECORDINGS, _LONGEST_RECORDING = 500, 3600.0
+_CACHE_VERSION = 2
+NOW = "measured now"
 
 Run = Callable[[OperatingPoint, np.ndarray], Any]
 
@@ -121,7 +133,7 @@ def rank(
     labels: of the CTC head. Of equally accurate points the one with fewer MACs comes first; by MACs, the one with the
     larger chunk, which hears more.
     """
-    macs = {point: _whole_macs(config, point, labels, sample_rate) for point in points}
+    macs = {point: whole_macs(config, point, labels, sample_rate) for point in points}
     entries = recorded(about, config)
     measured = {point: float(entries[point]["wer"]) for point in points if point in entries}
     of = {str(entries[point].get("references", "")) for point in measured}
@@ -141,19 +153,30 @@ def rank(
     return Ranking(tuple(order), "MACs", macs, why)
 
 
-def _whole_macs(config: EncoderConfig, point: OperatingPoint, labels: int, sample_rate: int) -> int:
+def whole_macs(
+    config: EncoderConfig, point: OperatingPoint, labels: int, sample_rate: int = 16000, seconds: float = SECONDS
+) -> int:
     """MACs with the whole utterance in one chunk, as files are transcribed."""
     whole = dataclasses.replace(config, operating_points=dataclasses.replace(config.operating_points, chunk=(0,)))
     point = dataclasses.replace(point, chunk=0)
-    return sum(count_macs(whole, SECONDS * sample_rate, point, labels).values())
+    return sum(count_macs(whole, round(seconds * sample_rate), point, labels).values())
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Real-time factors of a point. median: of its runs. slow: what nine in ten of its runs kept."""
+    """What a point takes. median: real-time factor of its runs. slow: the one that nine in ten of its runs kept.
+
+    start: seconds that a batch takes besides its audio, one of a length that is new; also of nine in ten.
+    """
 
     median: float
     slow: float
+    start: float = 0.0
+
+
+def noise_of(sample_rate: int) -> np.ndarray:
+    """(samples,) float32: the ten seconds that are heard in a measurement."""
+    return np.random.default_rng(0).normal(0, 0.1, SECONDS * sample_rate).astype(np.float32)
 
 
 def measure(
@@ -163,92 +186,150 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     note: Callable[[str], None] = lambda line: None,
 ) -> Dict[OperatingPoint, Speed]:
-    """Runs every point on ten seconds of noise, in turns, once more than counts; takes about a minute at most, or the
-    time of six runs of each point where that is more.
+    """Runs every point on ten seconds of noise and on a few, in turns, once more than counts; takes about a minute at
+    most, or the time of six runs of each point where that is more.
 
     run: takes a point and (samples,) float32. note: is told how long it will take, if that is long.
     """
-    noise = np.random.default_rng(0).normal(0, 0.1, SECONDS * sample_rate).astype(np.float32)
-    began = clock()
-    for point in points:
-        run(point, noise)
-    first = clock() - began
+    noise = noise_of(sample_rate)
+
+    def seconds(point: OperatingPoint, samples: np.ndarray) -> float:
+        start = clock()
+        run(point, samples)
+        return clock() - start
+
+    first = sum(seconds(point, noise) for point in points)
     expected = max(min(TIME_LIMIT, MOST_ROUNDS * first), FEWEST_ROUNDS * first)
     if expected > _LONG:
         note(f"this takes about {expected:.0f} s")
-    times: Dict[OperatingPoint, List[float]] = {point: [] for point in points}
+    factors: Dict[OperatingPoint, List[float]] = {point: [] for point in points}
+    shorts: Dict[OperatingPoint, List[Tuple[float, float]]] = {point: [] for point in points}  # of audio, of compute
     began = clock()
     for rounds in range(MOST_ROUNDS):
         if rounds >= FEWEST_ROUNDS and clock() - began > TIME_LIMIT:
             break
+        length = _SHORT_SECONDS + rounds % _SHORT_LENGTHS * _SHORT_STEP
+        short = noise[: round(length * sample_rate)]
         for point in points:
-            start = clock()
-            run(point, noise)
-            times[point].append((clock() - start) / SECONDS)
-    return {point: Speed(percentile(values, 50), percentile(values, _SLOW)) for point, values in times.items()}
+            factors[point].append(seconds(point, noise) / SECONDS)
+            shorts[point].append((length, seconds(point, short)))
+    return {point: _speed(factors[point], shorts[point]) for point in points}
+
+
+def _speed(factors: Sequence[float], shorts: Sequence[Tuple[float, float]]) -> Speed:
+    median = percentile(factors, 50)
+    starts = [compute - median * audio for audio, compute in shorts]
+    return Speed(median, percentile(factors, _SLOW), max(0.0, percentile(starts, _SLOW)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The recordings that a point is chosen for.
+
+    lengths: seconds of some or all of them; 0: not known, taken for ten. longest: seconds that are heard at once.
+    """
+
+    lengths: Tuple[float, ...] = ()
+    longest: float = Windowing().longest
+
+    @classmethod
+    def of(
+        cls, recordings: Sequence[Any], duration: Callable[[Any], float], longest: Optional[float] = None
+    ) -> Workload:
+        """Of recordings, of which no more than a few hundred are opened."""
+        some = recordings[:: -(-len(recordings) // _MOST_RECORDINGS) or 1]
+        return cls(tuple(map(duration, some)), Windowing().longest if longest is None else longest)
+
+    def __str__(self) -> str:
+        mean = sum(length or SECONDS for length in self.lengths) / max(1, len(self.lengths))
+        if len(self.lengths) == 1:
+            return f"for a recording of {mean:.1f} s"
+        return f"for recordings of {mean:.1f} s on average" if self.lengths else f"for utterances of {SECONDS} s"
+
+    def factor(self, speed: Speed, macs: Callable[[float], float] = lambda seconds: seconds) -> float:
+        """The real-time factor to be expected; macs: of an utterance of some seconds."""
+        windows: List[float] = []
+        for length in self.lengths:
+            length = min(length or SECONDS, _LONGEST_RECORDING)
+            windows += [self.longest] * int(length // self.longest)
+            windows += [length % self.longest] if length % self.longest else []
+        if not windows:
+            return speed.slow
+        compute, per_mac = 0.0, speed.slow * SECONDS / macs(SECONDS)
+        for rows in batched(windows, BATCH_SECONDS):
+            padded = math.ceil(windows[rows[0]] / LENGTH_GRID_SECONDS) * LENGTH_GRID_SECONDS
+            # short utterances are not taken to cost less than their share of a longer one
+            own = max(macs(padded), macs(SECONDS) * padded / SECONDS)
+            compute += speed.start + per_mac * own * len(rows)
+        return compute / sum(windows)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The point for a budget, and on what grounds. measured: when, for a message."""
+    """The point for a budget, and on what grounds. factors: real-time factors to be expected of `workload`, by point.
+    measured: when, for a message."""
 
     point: OperatingPoint
     ranking: Ranking
     speeds: Dict[OperatingPoint, Speed]
     budget: float
     measured: str
+    factors: Dict[OperatingPoint, float]
+    workload: Workload
 
     def line(self) -> str:
         """One line: what was chosen, and why."""
-        fitting = sum(self.speeds[point].slow <= self.budget for point in self.ranking.points)
+        fitting = sum(self.factors[point] <= self.budget for point in self.ranking.points)
         total = len(self.ranking.points)
         grounds = (
             f"the most accurate ({self.ranking.why}) of the {fitting} of {total} points that keep rtf={self.budget:g}"
             if total > 1
             else f"the only one of the model; it keeps rtf={self.budget:g}"
         )
-        return f"operating point {self.point}: {grounds}: rtf {self.speeds[self.point].slow:.4g} here, {self.measured}"
+        return (
+            f"operating point {self.point}: {grounds}: rtf {self.factors[self.point]:.4g} {self.workload} here, "
+            f"{self.measured}"
+        )
 
     def table(self) -> List[str]:
-        """A header and a line for each point, the most accurate first."""
-        return speed_table(self.ranking, self.speeds, self.budget, self.point)
-
-
-def speed_table(
-    ranking: Ranking,
-    speeds: Mapping[OperatingPoint, Speed],
-    budget: float,
-    chosen: Optional[OperatingPoint] = None,
-) -> List[str]:
-    """Lines with the speed and the accuracy of every point, and whether it keeps the budget."""
-    unit = "WER %" if ranking.by == "WER" else "GMACs"
-    rows = [("point", "rtf", "median", "fits", unit, "")]
-    for point in ranking.points:
-        speed, value = speeds[point], ranking.values[point]
-        value = f"{value:.2f}" if ranking.by == "WER" else f"{value / 1e9:.4g}"
-        fits = "yes" if speed.slow <= budget else "no"
-        rows.append(
-            (str(point), f"{speed.slow:.4g}", f"{speed.median:.4g}", fits, value, "<" if point == chosen else "")
-        )
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        """A header and a line for each point, the most accurate first: speed, whether it keeps the budget, accuracy."""
+        unit = "WER %" if self.ranking.by == "WER" else "GMACs"
+        rows = [("point", "rtf", f"of {SECONDS} s", "median", "fits", unit, "")]
+        for point in self.ranking.points:
+            speed, value = self.speeds[point], self.ranking.values[point]
+            factors = (f"{factor:.4g}" for factor in (self.factors[point], speed.slow, speed.median))
+            fits = "yes" if self.factors[point] <= self.budget else "no"
+            value = f"{value:.2f}" if self.ranking.by == "WER" else f"{value / 1e9:.4g}"
+            rows.append((str(point), *factors, fits, value, "<" if point == self.point else ""))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def choose(
-    ranking: Ranking, speeds: Mapping[OperatingPoint, Speed], budget: float, measured: str = "measured now"
+    ranking: Ranking,
+    speeds: Mapping[OperatingPoint, Speed],
+    budget: float,
+    measured: str = NOW,
+    workload: Workload = Workload(),
+    macs: Callable[[OperatingPoint, float], float] = lambda point, seconds: seconds,
 ) -> Choice:
-    """The most accurate point that keeps the budget; raises ValueError, naming the fastest point, where none does."""
+    """The most accurate point that keeps the budget; raises ValueError, naming the fastest point, where none does.
+
+    workload: the recordings that are to keep it. macs: of a point and an utterance of some seconds.
+    """
+    factors = {point: workload.factor(speeds[point], functools.partial(macs, point)) for point in ranking.points}
     for point in ranking.points:
-        if speeds[point].slow <= budget:
-            return Choice(point, ranking, dict(speeds), budget, measured)
-    fastest = min(ranking.points, key=lambda point: speeds[point].slow)
+        if factors[point] <= budget:
+            return Choice(point, ranking, dict(speeds), budget, measured, factors, workload)
+    fastest = min(ranking.points, key=factors.__getitem__)
     # what would be kept, rounded up to two digits
-    exponent = math.floor(math.log10(speeds[fastest].slow)) - 1
-    enough = math.ceil(speeds[fastest].slow / 10**exponent) * 10**exponent
+    exponent = math.floor(math.log10(factors[fastest])) - 1
+    enough = math.ceil(factors[fastest] / 10**exponent) * 10**exponent
     raise ValueError(
         f"--budget rtf={budget:g}: no operating point is that fast here ({measured}): the fastest, {fastest}, has a "
-        f"real-time factor of {speeds[fastest].slow:.4g}; give --budget rtf={enough:.2g} or more, or more --threads, "
-        "--dtype bfloat16 where the CPU has it, `w2v2-light quantize` the model to int8, or take a smaller one"
+        f"real-time factor of {factors[fastest]:.4g} {workload}; give --budget rtf={enough:.2g} or more, or more "
+        "--threads, --dtype bfloat16 where the CPU has it, `w2v2-light quantize` the model to int8, or take a smaller "
+        "one"
     )
 
 
@@ -312,13 +393,13 @@ def read_cache(
         if values["version"] != _CACHE_VERSION or values["key"] != dict(key):
             return None
         speeds = {
-            point: Speed(*(float(values["points"][str(point)][name]) for name in ("median", "slow")))
+            point: Speed(*(float(values["points"][str(point)][name]) for name in ("median", "slow", "start")))
             for point in points
         }
         date = datetime.date.fromisoformat(values["date"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    sane = all(0 < speed.median <= speed.slow and math.isfinite(speed.slow) for speed in speeds.values())
+    sane = all(0 < speed.median <= speed.slow < math.inf and 0 <= speed.start < math.inf for speed in speeds.values())
     return (speeds, f"measured on {date}") if sane else None
 
 
@@ -357,7 +438,7 @@ def kept_or_measured(
             write_cache(file, key, speeds)
     except OSError as error:
         note(f"{file}: the measurement could not be kept ({error.strerror}); it will be made again the next time")
-    return speeds, "measured now"
+    return speeds, NOW
 
 
 def record(folder: PathLike, entries: Sequence[Mapping[str, Any]]) -> None:

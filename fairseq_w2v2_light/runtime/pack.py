@@ -48,7 +48,8 @@ class PackedConv1d(nn.Module):
     """A convolution over the time of (batch, time, channel), with a GELU behind it or without.
 
     weight: (channel, in channel / groups, kernel). One weight serves every stride; oneDNN's order of it for a stride is
-    made when that first occurs.
+    made when that first occurs. oneDNN has one order for few frames and another for many, and takes a hundred times as
+    long with the wrong one: each is made for fewer frames than taps, and for as many.
     """
 
     def __init__(self, weight: Tensor, bias: Optional[Tensor], padding: int = 0, groups: int = 1, gelu: bool = False):
@@ -56,15 +57,17 @@ class PackedConv1d(nn.Module):
         self.register_buffer("weight", _channels_last(_copy(weight)), persistent=False)
         self.register_buffer("bias", _copy(bias), persistent=False)
         self._padding, self._groups, self._gelu = padding, groups, gelu
-        self._packed: Dict[int, Tensor] = {}
+        self._packed: Dict[Tuple[int, bool], Tensor] = {}
 
     def forward(self, x: Tensor, stride: int = 1) -> Tensor:
         """(batch, time, in channel) -> (batch, frames, channel)."""
-        if stride not in self._packed:
-            self._packed[stride] = torch.ops.mkldnn._reorder_convolution_weight(
+        kernel = self.weight.size(3)
+        key = stride, (x.size(1) + 2 * self._padding - kernel) // stride + 1 < kernel
+        if key not in self._packed:
+            self._packed[key] = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, [0, self._padding], [1, stride], [1, 1], self._groups, [1, x.size(2), 1, x.size(1)]
             )
-        return _convolve(x, self._packed[stride], self.bias, stride, self._padding, self._groups, self._gelu)
+        return _convolve(x, self._packed[key], self.bias, stride, self._padding, self._groups, self._gelu)
 
 
 def _convolve(
@@ -203,11 +206,14 @@ class PackedPositions(nn.Module):
     ) -> Tensor:
         """See ConvPositions; there is no gate."""
         time, before = x.size(1), 0
+        padded = familiar_length(time)
         if past is not None:
             x = torch.cat([past, x], dim=1)
-        elif self.causal:
-            before = self.kernel - 1
-        x = F.pad(x, (0, 0, before, familiar_length(time) - time))
+        else:
+            before = self.kernel - 1 if self.causal else 0
+            # as many frames as taps: the weight's order for few frames is for streams only
+            padded = max(padded, self.kernel * stride)
+        x = F.pad(x, (0, 0, before, padded - time))
         if self.places is not None:
             x = x.new_zeros(x.size(0), x.size(1), self.channels).index_copy(2, self.places, x)
         y = self.conv(x, stride)[:, : -(-time // stride)]

@@ -32,7 +32,7 @@ from .text import Labels
 from .windows import Window, Windowing, cut_windows, join_frame
 
 _BLOCK_SECONDS = 1.0
-_BATCH_SECONDS = 20.0
+BATCH_SECONDS = 20.0
 # windows that are sorted by length together, in batches
 _POOL_BATCHES = 8
 # A stretch without a pause is decoded in parts, so that its log-probabilities need bounded memory.
@@ -41,7 +41,7 @@ _DECODE_SECONDS = 60.0
 _PACK_ROWS = 500
 
 # Batches are padded to a multiple of this: oneDNN keeps memory for each shape that it has met.
-_LENGTH_GRID_SECONDS = 0.5
+LENGTH_GRID_SECONDS = 0.5
 
 _DEFAULT = Windowing()
 
@@ -156,7 +156,7 @@ class Recognizer:
     def transcribe(
         self,
         sources: Iterable[Source],
-        batch_seconds: float = _BATCH_SECONDS,
+        batch_seconds: float = BATCH_SECONDS,
         on_progress: Optional[Callable[[float], None]] = None,
     ) -> Iterator[Transcript]:
         """Recognises recordings, and yields their transcripts in the order of `sources`, each as soon as it is done.
@@ -186,7 +186,7 @@ class Recognizer:
         self._recognise(pool, batch_seconds, progress)
         yield from _finished(waiting)
 
-    def log_probs(self, waves: Sequence[Any], batch_seconds: float = _BATCH_SECONDS) -> List[np.ndarray]:
+    def log_probs(self, waves: Sequence[Any], batch_seconds: float = BATCH_SECONDS) -> List[np.ndarray]:
         """(frames, symbols) float32 log-probabilities of each of several (n,) float32 waves at `sample_rate`.
 
         Waves of similar length run as one padded batch of `batch_seconds`, which changes no result. One that is too
@@ -213,17 +213,15 @@ class Recognizer:
     def _batches(self, waves: Sequence[Tensor], batch_seconds: float) -> Iterator[Tuple[List[int], List[np.ndarray]]]:
         """Runs `waves` in batches, the longest first; rows of each batch, and what the network says of them."""
         rows = [row for row, wave in enumerate(waves) if self.model.config.frames(len(wave)) >= self._least_frames]
-        rows.sort(key=lambda row: -len(waves[row]))
-        while rows:
-            count = max(1, int(batch_seconds * self.sample_rate) // len(waves[rows[0]]))
-            batch, rows = rows[:count], rows[count:]
+        for batch in batched([len(waves[row]) for row in rows], int(batch_seconds * self.sample_rate)):
+            batch = [rows[index] for index in batch]
             yield batch, self._run([waves[row] for row in batch])
 
     @torch.no_grad()
     def _run(self, waves: List[Tensor]) -> List[np.ndarray]:
         weight = self.model.backbone.layer_norm.weight
         batch = pad_sequence(waves, batch_first=True).to(weight.device)
-        grid = round(_LENGTH_GRID_SECONDS * self.sample_rate)
+        grid = round(LENGTH_GRID_SECONDS * self.sample_rate)
         batch = F.pad(batch, (0, -batch.size(1) % grid))
         padded = len(waves) > 1 or batch.size(1) > len(waves[0])
         lengths = torch.tensor([len(wave) for wave in waves]) if padded else None
@@ -243,6 +241,15 @@ class Recognizer:
         """Samples between the starts of overlapping windows are a multiple of this: the same frames, squeezed alike."""
         frames = [self.point.squeeze * pool for pool in (*self.point.query, *self.point.key_value)]
         return self.model.hop * math.lcm(*frames, self.point.chunk or 1)
+
+
+def batched(lengths: Sequence[float], most: float) -> Iterator[List[int]]:
+    """Indices of each batch, the longest lengths first: as many as are, times the longest of them, `most`, or one."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while rows:
+        count = max(1, int(most // lengths[rows[0]]))
+        yield rows[:count]
+        rows = rows[count:]
 
 
 class _Progress:

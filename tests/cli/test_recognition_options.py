@@ -77,6 +77,46 @@ def test_the_chosen_point_is_that_of_the_recogniser(model, speeds):
     assert recognition_options.points(args, made) == [made.point]
 
 
+@pytest.mark.parametrize("seconds, point", [([4.0] * 5, "s1q2k1"), ([1.0], "s2q2k1"), ([None], "s1q2k1")])
+def test_the_point_is_chosen_for_the_recordings(model, monkeypatch, tmp_path, seconds, point):
+    import soundfile
+
+    for length in filter(None, seconds):
+        soundfile.write(tmp_path / f"{length}.wav", [0.0] * round(16000 * length), 16000)
+    # the kept measurement of an earlier process
+    kept = {"s1q1k1": 0.4, "s1q2k1": 0.2, "s2q1k1": 0.18, "s2q2k1": 0.1}
+    monkeypatch.setattr(
+        operating,
+        "kept_or_measured",
+        lambda run, points, *rest: (
+            {point: Speed(kept[str(point)], kept[str(point)], 0.1) for point in points},
+            "then",
+        ),
+    )
+    heard = []
+    transcribe = recognizer.Recognizer.transcribe
+    monkeypatch.setattr(
+        recognizer.Recognizer,
+        "transcribe",
+        lambda self, sources: heard.append((str(self.point), len(sources[0][0]))) or transcribe(self, sources),
+    )
+    recordings = [None if length is None else tmp_path / f"{length}.wav" for length in seconds]
+    args = options("--model", model, "--auto-operating-point", "--budget", "rtf=0.25")
+    made = recognition_options.recognizer(args, lambda line: None, recordings)
+    # and what a first call takes is not left to the recordings
+    assert str(made.point) == point and heard == [(point, 160000)]
+
+
+@pytest.mark.parametrize("compute, told", [(2.7, 0), (2.8, 1)])
+def test_a_run_above_the_budget_is_told(model, compute, told):
+    notes = []
+    args = options("--model", model, "--auto-operating-point", "--budget", "rtf=0.25")
+    recognition_options.compare_with_budget(args, compute, 10.0, notes.append)
+    assert len(notes) == told and all("factor of 0.28, above --budget rtf=0.25" in line for line in notes)
+    recognition_options.compare_with_budget(options("--model", model), compute, 10.0, notes.append)
+    assert len(notes) == told
+
+
 def test_a_recorded_point_per_layer_is_a_candidate(model, speeds):
     about = dict(s1q1k1=5, s1q2k1=6, s2q1k1=8, s2q2k1=9)
     record(model, [{"point": point, "wer": wer} for point, wer in {**about, "s1q1-2k1": 5.5}.items()])
@@ -89,7 +129,10 @@ def test_a_recorded_point_per_layer_is_a_candidate(model, speeds):
 
 def test_a_budget_that_is_not_kept_leaves_the_recogniser_alone(model, speeds):
     speeds(s1q1k1=0.4, s1q2k1=0.3, s2q1k1=0.2, s2q2k1=0.1)
-    with pytest.raises(ValueError, match="the fastest, s2q2k1, has a real-time factor of 0.1; give --budget rtf=0.1"):
+    with pytest.raises(
+        ValueError,
+        match="the fastest, s2q2k1, has a real-time factor of 0.1 for utterances of 10 s; give --budget rtf=0.1",
+    ):
         recognition_options.recognizer(options("--model", model, "--auto-operating-point", "--budget", "rtf=0.05"))
 
 

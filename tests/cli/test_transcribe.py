@@ -53,7 +53,7 @@ class Recognizer:
 def recognizer(monkeypatch):
     made = Recognizer()
 
-    def load(args):
+    def load(args, recordings):
         transcribe.recognition_options.check(args)
         made.options = args
         return made
@@ -181,7 +181,7 @@ class Slow(Recognizer):
             yield transcript
             time.sleep(SLEEP)
 
-transcribe.load_recognizer = lambda args: Slow()
+transcribe.load_recognizer = lambda args, recordings: Slow()
 sys.exit(main(["transcribe", "--model", "M", *sys.argv[1:]]))
 """
 

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tiny_checkpoints import STOCHASTIC as POINTS
+from tiny_checkpoints import finetuned
 
 from fairseq_w2v2_light.cli.main import main
-from fairseq_w2v2_light.nn.config import encoder_config
+from fairseq_w2v2_light.compress.prune import prune_checkpoint
+from fairseq_w2v2_light.nn.config import PRUNE_UNITS, encoder_config
 from fairseq_w2v2_light.nn.operating_point import OperatingPoint
 from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.folder import write_folder
+from fairseq_w2v2_light.runtime.load import load_ctc
 
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason="ONNX: pip install onnx onnxscript onnxruntime")
@@ -148,6 +152,29 @@ def test_the_program_of_the_readme_transcribes(written, tmp_path, monkeypatch):
     best = torch.unique_consecutive(logits[0].argmax(-1)).tolist()
     assert printed.getvalue() == "".join(LETTERS[i] for i in best if i).replace("|", " ") + "\n"
     assert len(printed.getvalue().strip()) > 1
+
+
+@pytest.mark.parametrize("layout, point", (("base", "s1q1k1"), ("large", "s2q1k2")))
+def test_a_physically_pruned_checkpoint(tmp_path, layout, point):
+    """Unequal heads, FFN and convolution widths, and fewer hidden channels than the norms count."""
+    keys = dict(layout=layout, prune_units=list(PRUNE_UNITS), feature_grad_mult=1.0, **POINTS)
+    path = finetuned(tmp_path, ctc_keys={"feature_grad_mult": 1.0}, **keys)
+    state = torch.load(path, map_location="cpu", weights_only=False)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in state["model"].items():
+        if "gates." in name:
+            value.copy_(torch.randn(value.shape, generator=generator) * 3)
+    torch.save(state, path)
+    prune_checkpoint(path, tmp_path / "pruned.pt")
+    model = load_ctc(tmp_path / "pruned.pt")
+    model.point = OperatingPoint.parse(point)
+    config = model.config
+    assert config.dim < config.norm_dim and len({*config.layer_ffn}) > 1
+    export_onnx(model, tmp_path / "onnx", point)
+    wave, lengths = audio(1333, 400, 777)
+    logits, frames = run(open_session(tmp_path / "onnx" / "model.onnx", threads=1), wave, lengths)
+    for row, (samples, count) in enumerate(zip(lengths.tolist(), frames)):
+        torch.testing.assert_close(logits[row, :count], model(wave[row : row + 1, :samples])[0][0], atol=1e-4, rtol=0)
 
 
 def test_large_weights_stand_beside_the_graph(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Word times and confidences from tokens and from how loud the audio is."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from fairseq_w2v2_light.runtime.alignment import REACH, timed_words, token_confidences
+from fairseq_w2v2_light.runtime.alignment import REACH, forced_tokens, timed_words, token_confidences
 from fairseq_w2v2_light.runtime.beam import Token
 from fairseq_w2v2_light.runtime.text import Labels
 
@@ -81,3 +83,33 @@ def test_a_labels_confidence_is_its_highest_probability():
 
 def test_no_tokens_are_no_words():
     assert words([], loud(1)) == ()
+
+
+def spelled(path):
+    """The labels of a CTC path of symbols, 0 being the blank, with their frames."""
+    runs, frame = [], 0
+    for index, group in itertools.groupby(path):
+        length = len(list(group))
+        runs += [(index, frame, frame + length)] if index else []
+        frame += length
+    return runs
+
+
+@pytest.mark.parametrize("labels", [(1,), (1, 2), (1, 1), (2, 2, 1), (1, 2, 1)])
+@pytest.mark.parametrize("frames", [3, 5, 7])
+def test_forced_labels_stand_where_the_best_of_all_paths_has_them(labels, frames):
+    log_probs = np.log(np.random.RandomState(len(labels) + frames).dirichlet(np.ones(3), frames))
+    paths = [
+        path for path in itertools.product(range(3), repeat=frames) if [run[0] for run in spelled(path)] == [*labels]
+    ]
+    if not paths:
+        with pytest.raises(ValueError, match=f"found {frames} frames for {len(labels)} labels; .* and 4 frames"):
+            forced_tokens(log_probs, labels, 0)
+        return
+    best = max(paths, key=lambda path: log_probs[np.arange(frames), path].sum())
+    assert forced_tokens(log_probs, labels, 0) == spelled(best)
+
+
+def test_no_labels_cannot_be_forced():
+    with pytest.raises(ValueError, match="expected labels"):
+        forced_tokens(np.zeros((3, 3)), [], 0)

@@ -17,6 +17,7 @@ from fairseq_w2v2_light.paths import user_dir
 from fairseq_w2v2_light.runtime.config_json import network_from_dict, network_to_dict
 from fairseq_w2v2_light.runtime.folder import is_model_folder, read_folder, write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
+from fairseq_w2v2_light.runtime.operating import record
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,23 @@ def test_the_card_and_the_configuration_say_how_it_was_made(made_once):
     card = (made_once / "README.md").read_text()
     for text in ("| s2q2k2 | ", "- updates: 3", "w2v2-light transcribe", f"{about['parameters'] / 1e6:.2f} M"):
         assert text in card
+
+
+@pytest.mark.parametrize("dtype, kept", [("float32", 3), ("bfloat16", 1), ("int8", 0)])
+def test_what_a_folder_says_is_kept_where_it_still_holds(made_once, tmp_path, dtype, kept):
+    export_folder(made_once, tmp_path / "model")
+    entries = [("s1q1k1", 5.0, "float32"), ("s1q2k1", 6.0, "bfloat16"), ("s1q1-2-1k1", 7.0, "float32")]
+    record(tmp_path / "model", [dict(point=point, wer=wer, dtype=kind) for point, wer, kind in entries])
+    edit_config(tmp_path / "model", "about", "note", value="mine")
+    edit_config(tmp_path / "model", "about", "parameters", value=1)
+    export_folder(tmp_path / "model", tmp_path / "again", dtype=dtype)
+    about = json.loads((tmp_path / "again" / "config.json").read_text())["about"]
+    assert about["note"] == "mine" and about["parameters"] > 1
+    points = {entry["point"]: entry for entry in about["operating_points"]}
+    assert sum("wer" in entry for entry in points.values()) == kept
+    assert points["s1q1k1"]["macs"] > 0 and points["s1q1k1"].get("wer") == (5.0 if dtype == "float32" else None)
+    assert ("s1q1-2-1k1" in points) == (dtype == "float32")
+    assert points["s1q2k1"].get("wer") == (None if dtype == "int8" else 6.0)
 
 
 def test_a_configuration_survives_json():

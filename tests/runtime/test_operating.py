@@ -15,6 +15,7 @@ from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.folder import read_config, read_folder, write_folder
 from fairseq_w2v2_light.runtime.operating import (
     Speed,
+    Workload,
     cache_file,
     choose,
     fingerprint,
@@ -147,10 +148,11 @@ def test_of_chunks_the_larger_one_is_more_accurate():
 
 
 class Machine:
-    """A clock that runs as points are run. seconds: what each run of a point takes, one after the other."""
+    """A clock that runs as points are run. seconds: what each run of a point takes of ten seconds, one after the other;
+    a shorter one takes its share of the last one, and `start`."""
 
-    def __init__(self, seconds):
-        self.now, self.runs = 100.0, []
+    def __init__(self, seconds, start=0.0):
+        self.now, self.runs, self.last, self.start = 100.0, [], 0.0, start
         self._seconds = {point: iter(values) for point, values in seconds.items()}
 
     def clock(self):
@@ -158,7 +160,9 @@ class Machine:
 
     def run(self, point, samples):
         self.runs.append((point, samples))
-        self.now += next(self._seconds[point])
+        if len(samples) == 80000:
+            self.last = next(self._seconds[point])
+        self.now += self.last if len(samples) == 80000 else self.last * len(samples) / 80000 + self.start
 
 
 def test_points_are_measured_in_turns_after_a_run_that_does_not_count():
@@ -166,17 +170,77 @@ def test_points_are_measured_in_turns_after_a_run_that_does_not_count():
     noisy = [50] + [1.0] * (rounds - 2) + [3.0, 9.0]
     machine = Machine({S1: noisy, S2: [50] + [0.5] * rounds})
     found = measure(machine.run, [S1, S2], 8000, machine.clock)
-    assert [point for point, _ in machine.runs] == [S1, S2] * (rounds + 1)
-    assert all(samples.shape == (80000,) and samples.dtype == "float32" for _, samples in machine.runs)
-    assert found[S2] == Speed(0.05, 0.05) and found[S1].median == pytest.approx(0.1)
+    assert [point for point, _ in machine.runs] == [S1, S2] + [S1, S1, S2, S2] * rounds
+    lengths = [len(samples) / 8000 for _, samples in machine.runs[2:]]
+    assert lengths[::2] == [10] * (2 * rounds) and lengths[1:8:2] == [1, 1, 1.5, 1.5]
+    assert all(samples.dtype == "float32" for _, samples in machine.runs)
+    assert found[S2].slow == pytest.approx(0.05) and found[S1].median == pytest.approx(0.1)
     assert found[S1].slow == pytest.approx(0.1)  # two of twenty were slower
+    assert found[S1].start == pytest.approx(0, abs=1e-9)
+
+
+def test_what_a_call_takes_besides_its_audio_is_measured():
+    machine = Machine({S1: [2.0] * 99}, start=0.03)
+    speed = measure(machine.run, [S1], 8000, machine.clock)[S1]
+    assert (speed.slow, speed.start) == (pytest.approx(0.2), pytest.approx(0.03))
 
 
 def test_slow_models_are_measured_a_few_times():
     machine, notes = Machine({S1: [30.0] * 99}), []
     measure(machine.run, [S1], 8000, machine.clock, notes.append)
-    assert len(machine.runs) == operating.FEWEST_ROUNDS + 1
+    assert len(machine.runs) == 2 * operating.FEWEST_ROUNDS + 1
     assert notes == ["this takes about 150 s"]
+
+
+SPEED = Speed(0.04, 0.05, 0.2)
+
+
+def test_a_call_costs_as_much_for_little_audio():
+    assert Workload((10.0,)).factor(SPEED) == pytest.approx(0.05 + 0.2 / 10)
+    assert Workload((1.0,)).factor(SPEED) == pytest.approx(0.05 + 0.2)
+    assert Workload().factor(SPEED) == Workload(()).factor(SPEED) == 0.05
+
+
+def test_recordings_are_reckoned_in_the_batches_that_they_are_heard_in():
+    assert Workload((2.0,) * 20).factor(SPEED) == pytest.approx(0.05 + 2 * 0.2 / 40)
+    # padded to the next half second, and to the longest of the batch
+    assert Workload((1.2,)).factor(SPEED) == pytest.approx((0.2 + 0.05 * 1.5) / 1.2)
+    assert Workload((8.0, 2.0)).factor(SPEED) == pytest.approx((0.2 + 0.05 * 16) / 10)
+
+
+def test_long_recordings_are_heard_in_windows():
+    assert Workload((50.0,)).factor(SPEED) == pytest.approx((3 * 0.2 + 0.05 * 50) / 50)
+    assert Workload((50.0,), longest=40.0).factor(SPEED) == pytest.approx((2 * 0.2 + 0.05 * 50) / 50)
+    assert 0.05 < Workload((1e15, 2.0)).factor(SPEED) < 0.07  # a header that promises years
+
+
+def test_attention_grows_with_the_length():
+    assert Workload((20.0,)).factor(SPEED, lambda seconds: seconds**2) == pytest.approx(0.1 + 0.2 / 20)
+    # but a short utterance is as dear as its share of a longer one
+    assert Workload((2.0,)).factor(SPEED, lambda seconds: seconds**2) == pytest.approx(0.05 + 0.2 / 2)
+
+
+def test_of_many_recordings_some_are_looked_at():
+    asked = []
+    workload = Workload.of(range(5000), lambda index: asked.append(index) or 3.0, 30.0)
+    assert workload.lengths == (3.0,) * 500 and asked[:3] == [0, 10, 20] and workload.longest == 30
+    assert str(workload) == "for recordings of 3.0 s on average" and str(Workload()) == "for utterances of 10 s"
+    assert Workload.of([], len) == Workload() and Workload.of(["a"], len).lengths == (1,)
+    # one of unknown length, as on standard input
+    assert str(Workload((0.0,))) == "for a recording of 10.0 s" and Workload((0.0,)).factor(SPEED) > 0.05
+
+
+def test_the_point_is_chosen_for_the_recordings():
+    ranking = rank(CONFIG, POINTS, 6)
+    measured = {point: Speed(speed.median, speed.slow, 0.05) for point, speed in speeds(0.09, 0.05, 0.04, 0.02).items()}
+    assert choose(ranking, measured, 0.07).point == S1Q2
+    assert choose(ranking, measured, 0.07, workload=Workload((2.0,) * 10)).point == S1Q2
+    choice = choose(ranking, measured, 0.07, workload=Workload((2.0,)))
+    assert choice.point == S2 and "keep rtf=0.07: rtf 0.065 for a recording of 2.0 s here" in choice.line()
+    with pytest.raises(ValueError, match="of 0.045 for a recording of 2.0 s; give --budget rtf=0.045 or more"):
+        choose(ranking, measured, 0.03, workload=Workload((2.0,)))
+    dear = choose(ranking, measured, 0.07, "", Workload((20.0,)), lambda point, seconds: seconds**2)
+    assert dear.point == S2Q2
 
 
 def test_the_most_accurate_point_that_keeps_the_budget_is_chosen():
@@ -185,28 +249,28 @@ def test_the_most_accurate_point_that_keeps_the_budget_is_chosen():
     assert choice.point == S2
     assert choice.line() == (
         "operating point s2q1k1: the most accurate (by WER on test) of the 3 of 4 points that keep rtf=0.05: rtf 0.05 "
-        "here, measured now"
+        "for utterances of 10 s here, measured now"
     )
     assert [line.split() for line in choice.table()] == [
-        ["point", "rtf", "median", "fits", "WER", "%"],
-        ["s1q1k1", "0.09", "0.072", "no", "5.10"],
-        ["s2q1k1", "0.05", "0.04", "yes", "5.20", "<"],
-        ["s1q2k1", "0.05", "0.04", "yes", "5.30"],
-        ["s2q2k1", "0.02", "0.016", "yes", "9.00"],
+        ["point", "rtf", "of", "10", "s", "median", "fits", "WER", "%"],
+        ["s1q1k1", "0.09", "0.09", "0.072", "no", "5.10"],
+        ["s2q1k1", "0.05", "0.05", "0.04", "yes", "5.20", "<"],
+        ["s1q2k1", "0.05", "0.05", "0.04", "yes", "5.30"],
+        ["s2q2k1", "0.02", "0.02", "0.016", "yes", "9.00"],
     ]
 
 
 def test_a_choice_of_one_says_so():
     choice = choose(rank(CONFIG, [S2], 6), {S2: Speed(0.01, 0.02)}, 0.05, "measured on 2026-01-01")
     assert choice.line().startswith(
-        "operating point s2q1k1: the only one of the model; it keeps rtf=0.05: rtf 0.02 here"
+        "operating point s2q1k1: the only one of the model; it keeps rtf=0.05: rtf 0.02 for utterances"
     )
     assert "GMACs" in choice.table()[0]
 
 
 def test_a_budget_that_no_point_keeps_names_the_fastest():
     with pytest.raises(
-        ValueError, match="the fastest, s2q2k1, has .* factor of 0.0321; give --budget rtf=0.033 or more"
+        ValueError, match="the fastest, s2q2k1, has .* factor of 0.0321 for utterances of 10 s; give --budget rtf=0.033"
     ):
         choose(rank(CONFIG, POINTS, 6), speeds(0.2, 0.15, 0.04, 0.0321), 0.01)
 
@@ -240,9 +304,12 @@ def test_a_measurement_is_kept(cache):
         lambda values: json.dumps({**values, "date": "yesterday"}),
         lambda values: json.dumps({**values, "points": {}}),
         lambda values: json.dumps({**values, "points": dict.fromkeys(names(POINTS), 0.1)}),
-        lambda values: json.dumps({**values, "points": dict.fromkeys(names(POINTS), {"median": 0, "slow": 0})}),
-        lambda values: json.dumps({**values, "points": dict.fromkeys(names(POINTS), {"median": 2, "slow": 1})}),
-        lambda values: json.dumps({**values, "points": dict.fromkeys(names(POINTS), {"median": 1, "slow": "nan"})}),
+    ]
+    + [
+        lambda values, kept=kept: json.dumps(
+            {**values, "points": dict.fromkeys(names(POINTS), dict(zip(("median", "slow", "start"), kept)))}
+        )
+        for kept in ((0, 0, 0), (2, 1, 0), (1, "nan", 0), (1, 2), (1, 2, -1), (1, 2, "inf"))
     ],
 )
 def test_what_is_damaged_or_stale_is_measured_again(cache, damage):

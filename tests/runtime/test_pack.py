@@ -117,6 +117,20 @@ CASES = {
 
 
 @needs_product
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_positions_of_few_frames_use_the_order_of_many(stride, causal):
+    """oneDNN takes a hundred times as long with a weight ordered for another number of frames than it likes."""
+    positions = ConvPositions(8, 6, 2, causal=causal)
+    packed = pack.PackedPositions(positions)
+    with torch.no_grad():
+        for frames in (1, 4, 50, 7):
+            x = torch.randn(2, frames, 8)
+            torch.testing.assert_close(packed(x, stride), positions(x, stride), atol=1e-6, rtol=1e-5)
+    assert len(packed.conv._packed) == 1
+
+
+@needs_product
 @pytest.mark.parametrize("name", CASES)
 def test_the_packed_network_computes_the_same(name):
     model, packed = both(transcriber, **CASES[name])
