@@ -70,12 +70,7 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="record the error rates in the model folder, where --auto-operating-point finds them",
     )
-    parser.add_argument("--lowercase", action="store_true", help="compare in lower case")
-    parser.add_argument(
-        "--remove-punctuation",
-        action="store_true",
-        help="compare letters, digits and apostrophes only; other signs are white space, as in `prepare`",
-    )
+    add_normalisation(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, or a list of them for several points"
     )
@@ -84,6 +79,16 @@ def add_arguments(parser) -> None:
         type=Path,
         metavar="FILE",
         help="write the alignment of each utterance as text or, if the name ends with .jsonl, as JSON lines",
+    )
+
+
+def add_normalisation(parser) -> None:
+    """Declares the options that `normalised` reads."""
+    parser.add_argument("--lowercase", action="store_true", help="compare in lower case")
+    parser.add_argument(
+        "--remove-punctuation",
+        action="store_true",
+        help="compare letters, digits and apostrophes only; other signs are white space, as in `prepare`",
     )
 
 
