@@ -73,13 +73,13 @@ circle.hot { stroke: var(--text); stroke-width: 3; fill-opacity: 1; }
 table { border-collapse: collapse; width: 100%; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 tbody tr:last-child td { border-bottom: 0; }
-th { background: var(--panel); font-weight: 600; }
+th { background: var(--panel); font-weight: 600; white-space: normal; vertical-align: bottom; }
 .text { text-align: left; }
 td.text:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9em; }
-th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
+th button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0; padding: 0; }
+th button, tbody tr { cursor: pointer; }
 th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
-tbody tr { cursor: pointer; }
 tbody tr.hot { background: var(--panel); }
 tbody tr[aria-current="true"] { background: var(--chosen); }
 .note { color: var(--soft); font-size: .84rem; max-width: 100ch; }
