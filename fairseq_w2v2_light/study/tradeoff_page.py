@@ -385,7 +385,7 @@ def page(result: Tradeoff, title: str) -> str:
 </div>
 <div id="legend"></div>
 <div id="chart"><noscript>The chart needs JavaScript; the table has all its numbers.</noscript>
-<div id="tip" role="status" hidden></div></div>
+<div id="tip" role="tooltip" hidden></div></div>
 <div class="scroll"><table>
 <thead><tr>{headings}</tr></thead>
 <tbody>

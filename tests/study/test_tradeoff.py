@@ -1,7 +1,9 @@
 """Pareto fronts, the files of a trade-off, and its page in a real browser."""
 
+import base64
 import csv
 import dataclasses
+import hashlib
 import html
 import json
 import re
@@ -195,7 +197,7 @@ def opened(folder, address=""):
 
 
 def tooltip(dom):
-    inside = re.search(r'<div id="tip" role="status"([^>]*)>(.*?)</div>', dom, re.DOTALL)
+    inside = re.search(r'<div id="tip" role="tooltip"([^>]*)>(.*?)</div>', dom, re.DOTALL)
     return None if "hidden" in inside.group(1) else inside.group(2)
 
 
@@ -230,6 +232,46 @@ def test_an_address_leads_to_an_axis_and_a_row(tmp_path):
     assert re.findall(r'<circle[^>]* data-row="(\d+)"[^>]* class="hot"', dom) == ["2"]
     assert re.search(r'<tr id="row-2"[^>]* aria-current="true"', dom)
     assert ">GMACs for 10 s of audio</text>" in dom
+
+
+# what a person does; each step's outcome is written down in the page's title
+HANDS = """
+const said = [], tip = document.getElementById("tip");
+const note = value => said.push(String(value));
+const circle = row => document.querySelector(`circle[data-row="${row}"]`);
+const model = () => tip.hidden ? "-" : tip.querySelector("strong").textContent;
+const order = () => [...document.querySelector("tbody").rows].map(line => line.dataset.row).join("");
+const hit = (target, name, more) => target.dispatchEvent(new KeyboardEvent(name, {bubbles: true, ...more}));
+circle(2).dispatchEvent(new PointerEvent("pointerenter")); note(model());
+circle(2).dispatchEvent(new PointerEvent("pointerleave")); note(model());
+circle(3).focus(); note(model());
+hit(circle(3), "keydown", {key: "ArrowRight"}); note(document.activeElement.dataset.row + model());
+document.activeElement.blur(); note(model());
+const [first, , , , , , , , wer] = document.querySelectorAll("th button");
+wer.click(); note(order() + wer.parentElement.getAttribute("aria-sort"));
+wer.click(); note(order() + wer.parentElement.getAttribute("aria-sort"));
+first.click(); note(order() + wer.parentElement.getAttribute("aria-sort"));
+document.querySelector("#legend button").click(); note(document.querySelectorAll("circle.dim").length);
+document.querySelector("#legend button").click(); note(document.querySelectorAll("circle.dim").length);
+const at = circle(1).getAttribute("cx");
+document.querySelector("input[value=macs]").click(); circle(1).dispatchEvent(new MouseEvent("click"));
+setTimeout(() => { note(location.hash + (at !== circle(1).getAttribute("cx")) + model());
+  document.title = JSON.stringify(said); }, 100);
+"""
+
+
+@needs_a_browser
+def test_pointer_keys_and_buttons(tmp_path):
+    result = tradeoff(row("a", wer=5, factor=3, macs=9), row("b", wer=9, factor=1), row("c", wer=7, factor=2))
+    # the page's policy runs no script but its own: this one is added to it
+    allowed = base64.b64encode(hashlib.sha256(HANDS.encode()).digest()).decode()
+    driven = page(result, "t").replace("script-src", f"script-src 'sha256-{allowed}'")
+    driven = driven.replace("</body>", f"<script>{HANDS}</script></body>")
+    (tmp_path / "tradeoff.html").write_text(driven, encoding="utf-8")
+    said = json.loads(html.unescape(re.search("<title>(.*?)</title>", opened(tmp_path)).group(1)))
+    assert said[:5] == ["b", "-", "c", "1a", "-"]
+    assert said[5:8] == ["132ascending", "231descending", "123null"]
+    assert said[8:] == ["2", "0", "#x=macs&row=1truea"]
 
 
 @needs_a_browser
