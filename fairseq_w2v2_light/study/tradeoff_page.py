@@ -57,7 +57,8 @@ fieldset input { position: absolute; opacity: 0; width: 0; height: 0; }
 .front { fill: none; stroke: var(--front); stroke-width: 1.5; stroke-dasharray: 5 4; }
 circle { stroke-width: 2.5; cursor: pointer; transition: opacity .15s; }
 circle:focus { outline: none; }
-circle.hot { stroke: var(--text); stroke-width: 3; fill-opacity: 1; }
+/* over what the script paints */
+circle.hot { stroke: var(--text) !important; stroke-width: 3; }
 .dim { opacity: .13; }
 #tip {
   position: absolute; z-index: 2; pointer-events: none; max-width: min(320px, 100%); padding: 8px 12px;
