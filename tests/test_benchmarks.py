@@ -57,3 +57,12 @@ def test_quantized_compares_bytes_and_time():
         assert float(row["weights"].split()[0]) > 0 and float(row["median"].split()[0]) > 0
         limit = 1e-4 if row["model"].endswith("float32") else 0.1
         assert float(row["error of the logits"]) < limit
+
+
+def test_claims_compares_every_paper():
+    rows = smoke("claims.py")
+    timed = {row[0]: row for row in rows if len(row) == 9 and row[0] != "model"}
+    assert len(timed) > 30 and all(float(row[7]) > 0 for row in timed.values())
+    assert float(timed["pruned by 40 %"][5].split()[0]) > 1.6 > float(timed["pruned by 20 %"][5].split()[0]) > 1.2
+    papers = {row[0] for row in rows if len(row) == 4}
+    assert {"W2V2-Light", "Shrinking Bigfoot", "Stochastic wav2vec 2.0", "HJ-Pruning"} <= papers

@@ -44,8 +44,10 @@ def export_huggingface(model: CtcModel, out: PathLike, operating_point: str = ""
     """
     point = _point(model, operating_point)
     family = "wav2vec2" if point.squeeze == 1 else "sew"
-    _require_expressible(model.config, point, family)
     architecture = f"{FAMILIES[family]}ForCTC"
+    reasons = lacking(model.config, point, family)
+    if reasons:
+        raise ValueError(f"Hugging Face's {architecture} cannot express this model: {'; '.join(reasons)}")
     vocabulary = tokens_of(model.symbols)
     tensors = _tensors(model, point, family)
     from safetensors.torch import save_file
@@ -74,9 +76,11 @@ def _point(model: CtcModel, operating_point: str) -> OperatingPoint:
     return model.point
 
 
-def _require_expressible(config: EncoderConfig, point: OperatingPoint, family: str) -> None:
-    """Raises ValueError that names every feature of the network which Hugging Face's classes lack."""
-    name = FAMILIES[family]
+def lacking(config: EncoderConfig, point: OperatingPoint, family: str) -> List[str]:
+    """Every feature of the network at a point that Hugging Face's classes of a family lack, for a message.
+
+    family: "wav2vec2" (stock fairseq's model lacks the same) or "sew".
+    """
     reasons = []
 
     def refuse(condition: bool, reason: str) -> None:
@@ -119,8 +123,7 @@ def _require_expressible(config: EncoderConfig, point: OperatingPoint, family: s
             config.project_features and config.features_dim == config.dim,
             f"SEW has no projection between a frontend and a Transformer of {config.dim} channels both",
         )
-    if reasons:
-        raise ValueError(f"Hugging Face's {name}ForCTC cannot express this model: {'; '.join(reasons)}")
+    return reasons
 
 
 def _tensors(model: CtcModel, point: OperatingPoint, family: str) -> Dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exporting import is_exporting
 from .gating import NO_LAYER_GATES, LayerGates, gated_linear
 
 
@@ -98,6 +99,9 @@ class MultiheadAttention(nn.Module):
         scores = self._split(self.q_proj(query) / math.sqrt(self.head_dim)) @ key.transpose(-2, -1)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, float("-inf"))
+        if scores.dtype == torch.float32 and not (scores.requires_grad or is_exporting()):
+            # in place: a second tensor of this size takes longer to allocate than to fill
+            return torch.softmax(scores, dim=-1, out=scores)
         return torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)
 
     def _split(self, x: Tensor) -> Tensor:

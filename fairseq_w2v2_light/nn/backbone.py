@@ -53,9 +53,15 @@ class Backbone(nn.Module):
         return frames if self.post_extract_proj is None else self.post_extract_proj(frames)
 
     def encode(
-        self, wave: Tensor, lengths: Optional[Tensor] = None, point: Optional[OperatingPoint] = None
+        self,
+        wave: Tensor,
+        lengths: Optional[Tensor] = None,
+        point: Optional[OperatingPoint] = None,
+        keep_layers: bool = True,
     ) -> Tuple[EncoderOutput, Optional[FrameMask]]:
         """Inference from `wave` (batch, samples), of which `lengths` (batch,) samples are valid (None: all).
+
+        Without `keep_layers`, the result has the last frames alone.
 
         Raises ValueError for an operating point that the model was not trained for.
         """
@@ -63,4 +69,5 @@ class Backbone(nn.Module):
         point = points.default if point is None else points.check(point)
         gates = self.gate_values()
         frames, mask = self.features(wave, lengths, gates)
-        return self.encoder(self.project(self.normalise(frames, gates)), mask, point, gates=gates), mask
+        x = self.project(self.normalise(frames, gates))
+        return self.encoder(x, mask, point, gates=gates, keep_layers=keep_layers), mask

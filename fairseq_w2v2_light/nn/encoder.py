@@ -24,8 +24,8 @@ class EncoderOutput(NamedTuple):
     """What the encoder returns.
 
     x: (batch, time, channel) at the frame rate of the input, whatever the operating point.
-    layers: one LayerOutput per layer that ran, at the squeezed frame rate; depths: the depth of each (layer drop
-    leaves some out). squeezed_mask: their valid frames (None: all).
+    layers: one LayerOutput per layer that ran, at the squeezed frame rate, none where the caller does without; depths:
+    the depth of each (layer drop leaves some out). squeezed_mask: their valid frames (None: all).
     """
 
     x: Tensor
@@ -77,11 +77,13 @@ class Encoder(nn.Module):
         point: OperatingPoint = OperatingPoint(),
         last_layer: Optional[int] = None,
         gates: GateValues = NO_GATES,
+        keep_layers: bool = True,
     ) -> EncoderOutput:
         """Encodes frames `x` (batch, time, channel) at an operating point; `mask` marks the valid frames (None: all).
 
         With `last_layer`, stops after that depth and leaves out the final norm, as stock does. A channel whose hidden
-        gate is closed is zero from here on: all that is added to it, and all that norms make of it.
+        gate is closed is zero from here on: all that is added to it, and all that norms make of it. Without
+        `keep_layers`, what a layer returned is free as soon as the next one has run.
         """
         config = self.config
         time = x.size(1)
@@ -97,12 +99,13 @@ class Encoder(nn.Module):
             sizes = (frames // point.squeeze for frames in (point.chunk, config.left_context, config.lookahead))
             layout = ChunkLayout(x.size(1), *sizes, device=x.device)
             x = F.dropout(layout.extend(x), config.dropout, self.training)
-            x, layers, depths = self.run_layers(x, ChunkMask(layout, squeezed_mask), point, last_layer, gates=gates)
+            chunk_mask = ChunkMask(layout, squeezed_mask)
+            x, layers, depths = self.run_layers(x, chunk_mask, point, last_layer, None, gates, keep_layers)
             x = layout.restrict(x)
             layers = [layer._replace(x=layout.restrict(layer.x), ffn=layout.restrict(layer.ffn)) for layer in layers]
         else:
             x = F.dropout(x, config.dropout, self.training)
-            x, layers, depths = self.run_layers(x, squeezed_mask, point, last_layer, gates=gates)
+            x, layers, depths = self.run_layers(x, squeezed_mask, point, last_layer, None, gates, keep_layers)
 
         if config.norm_first and last_layer is None:
             x = self.norm(x, gates)
@@ -133,8 +136,9 @@ class Encoder(nn.Module):
         last_layer: Optional[int] = None,
         past: Optional[Sequence[Past]] = None,
         gates: GateValues = NO_GATES,
+        keep_layers: bool = True,
     ):
-        """Runs the stack on squeezed frames: (x, one LayerOutput per layer that ran, their depths).
+        """Runs the stack on squeezed frames: (x, one LayerOutput per layer that ran if `keep_layers`, their depths).
 
         `mask` and `past` (one per depth) are those of `EncoderLayer.forward`.
         """
@@ -161,7 +165,8 @@ class Encoder(nn.Module):
                     None if past is None else past[depth],
                     layer_gates(gates, stored),
                 )
-                layers.append(output)
+                if keep_layers:
+                    layers.append(output)
                 depths.append(depth)
                 x, attention_map = output.x, output.attention_map
             if depth == last_layer:

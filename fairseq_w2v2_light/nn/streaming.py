@@ -295,7 +295,7 @@ class Stream:
         if min(known) < max(known):
             missing = torch.tensor([max(known) - frames for frames in known], device=x.device)
             mask = _PastMask(missing, max(known) + hidden.size(1))
-        hidden, _, _ = encoder.run_layers(hidden, mask, point, past=past, gates=gates)
+        hidden, _, _ = encoder.run_layers(hidden, mask, point, past=past, gates=gates, keep_layers=False)
         hidden = hidden[:, :own]
 
         if config.norm_first:

@@ -70,7 +70,8 @@ class CtcModel(nn.Module):
         lengths = _check_wave(wave, lengths)
         if self.normalize:
             wave = normalized(wave, lengths)
-        encoded, mask = self.backbone.encode(wave, lengths, self.point if point is None else point)
+        point = self.point if point is None else point
+        encoded, mask = self.backbone.encode(wave, lengths, point, keep_layers=False)
         logits = self.head(encoded.x)
         if lengths is None:
             return logits, None

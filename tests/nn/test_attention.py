@@ -144,3 +144,16 @@ def test_a_map_in_half_precision_stays_near_the_one_in_fp32():
         attention_map = module.bfloat16().attention_map(x.bfloat16(), x.bfloat16())
     assert attention_map.dtype == torch.bfloat16
     torch.testing.assert_close(attention_map.float(), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("frames", (1, 7, 500))
+def test_a_map_is_the_same_with_and_without_gradients(frames):
+    module = attention()
+    x = torch.randn(2, frames, 12)
+    mask = FrameMask.from_lengths(torch.tensor([frames, max(frames // 2, 1)]), frames)
+    key_mask = None if mask is None else mask.attention()
+    with_gradients = module.attention_map(x, x, key_mask)
+    assert with_gradients.requires_grad
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(module.attention_map(x, x, key_mask), with_gradients.detach(), atol=1e-6, rtol=0)

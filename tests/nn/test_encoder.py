@@ -204,6 +204,17 @@ def test_layers_that_reuse_a_map_skip_query_and_key_projections(tiny, every, cal
     assert counts == {"q_proj": calls, "k_proj": calls, "v_proj": 5}
 
 
+@pytest.mark.parametrize("point", ("s1q1k1", "s2q2k1"))
+def test_without_keeping_layers_the_frames_are_the_same(tiny, point):
+    encoder = tiny.encoder(encoder_layers=3, attention_map_every=2)
+    x, mask = tiny.frames(9, 12)
+    with torch.no_grad():
+        kept, freed = (encoder(x, mask, OperatingPoint.parse(point), keep_layers=keep) for keep in (True, False))
+    assert len(kept.layers) == 3 and freed.layers == []
+    assert freed.depths == kept.depths
+    torch.testing.assert_close(freed.x, kept.x, atol=0, rtol=0)
+
+
 def test_computing_every_map_equals_fused_attention(tiny):
     """attention_map_every=2 keeps maps, 1 does not; with a map for each layer of its own they must agree."""
     fused = tiny.encoder(encoder_layers=1)
