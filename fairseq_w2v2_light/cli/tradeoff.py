@@ -1,6 +1,7 @@
 """`w2v2-light tradeoff`: word error rate against cost, of several models at their operating points."""
 
 import argparse
+import json
 import math
 import os
 from pathlib import Path
@@ -79,7 +80,7 @@ def run(args) -> int:
 
     import torch
 
-    from ..study.tradeoff import as_json, format_table, measure_tradeoff, write_tradeoff
+    from ..study.tradeoff import format_table, measure_tradeoff, write_tradeoff
 
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def run(args) -> int:
         split = args.split or (DEFAULT_SPLIT if args.references.is_dir() else "")
         title = args.title or f"Accuracy and cost on {args.references.resolve().name} {split}".strip()
         write_tradeoff(result, args.out, title, recognition_options.note)
-    print(as_json(result) if args.json else format_table(result))
+    print(json.dumps(result.record(), indent=2, ensure_ascii=False) if args.json else format_table(result))
     return 0
 
 

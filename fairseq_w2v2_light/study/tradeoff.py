@@ -6,7 +6,6 @@ What a model costs is its real-time factor on this machine, its MACs, its parame
 import csv
 import dataclasses
 import datetime
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..runtime.folder import DTYPES, is_model_folder
 from ..runtime.operating import machine
 from ..runtime.quantized import INT8, shape_quantized_
 from ..runtime.recognizer import Recognizer
+from ..runtime.scoring import Totals
 from .evaluation import WINDOW_SECONDS, check_references, recognise
 from .speed import interleaved_factors
 
@@ -135,17 +135,7 @@ def measure_tradeoff(
     if times > 1:
         raise ValueError(f"{times} models are called {name!r}; give each a name of its own, NAME=PATH")
     check_references(references)
-    runs: Dict[Tuple[str, str, str], _Run] = {}
-    for candidate in candidates:
-        for dtype in dtypes:
-            own = None if is_model_folder(candidate.path) else dictionary
-            recognizer = Recognizer.from_pretrained(candidate.path, dtype=dtype, dictionary=own)
-            recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=WINDOW_SECONDS)
-            for point in _points(candidate, recognizer.model):
-                samples = round(seconds * recognizer.sample_rate)
-                macs = sum(count_macs(recognizer.model.config, samples, point, len(recognizer.labels)).values())
-                run = _Run(str(candidate.path), recognizer, point, macs)
-                runs.setdefault((candidate.name, recognizer.dtype, str(point)), run)
+    runs = _load(candidates, dtypes, dictionary, seconds)
     results = {}
     for number, (key, run) in enumerate(runs.items(), start=1):
         name, dtype, point = key
@@ -160,30 +150,7 @@ def measure_tradeoff(
         *(seconds, pieces, repeats),
     )
     first = next(iter(factors.values()))
-    rows = []
-    for key, run in runs.items():
-        name, dtype, point = key
-        counts = results[key].totals
-        parameters, size = _sizes(run.recognizer.model.config, run.recognizer.model.symbols, dtype)
-        rows.append(
-            Row(
-                model=name,
-                operating_point=point,
-                dtype=dtype,
-                parameters=parameters,
-                bytes=size,
-                macs=run.macs,
-                real_time_factor=factors[key],
-                speed_up=first / factors[key],
-                wer=counts.words.rate,
-                cer=counts.characters.rate,
-                substitutions=counts.words.substitutions,
-                deletions=counts.words.deletions,
-                insertions=counts.words.insertions,
-                words=counts.words.reference,
-                path=run.path,
-            )
-        )
+    rows = [_row(key, run, results[key].totals, factors[key], first) for key, run in runs.items()]
     total = next(iter(results.values()))
     about = {
         "references": references[0].where.rpartition(":")[0],
@@ -206,6 +173,48 @@ class _Run(NamedTuple):
     recognizer: Recognizer
     point: OperatingPoint
     macs: int
+
+
+_Key = Tuple[str, str, str]  # model, dtype, operating point
+
+
+def _load(candidates, dtypes, dictionary, seconds: float) -> Dict[_Key, _Run]:
+    """The models, ready to run, each at its points in each dtype; raises as `measure_tradeoff` does."""
+    runs: Dict[_Key, _Run] = {}
+    for candidate in candidates:
+        own = None if is_model_folder(candidate.path) else dictionary
+        for dtype in dtypes:
+            recognizer = Recognizer.from_pretrained(candidate.path, dtype=dtype, dictionary=own)
+            recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=WINDOW_SECONDS)
+            samples = round(seconds * recognizer.sample_rate)
+            for point in _points(candidate, recognizer.model):
+                macs = sum(count_macs(recognizer.model.config, samples, point, len(recognizer.labels)).values())
+                run = _Run(str(candidate.path), recognizer, point, macs)
+                runs.setdefault((candidate.name, recognizer.dtype, str(point)), run)
+    return runs
+
+
+def _row(key: _Key, run: _Run, counts: Totals, factor: float, first: float) -> Row:
+    """What came out of a run; factor, first: real-time factors of it and of the first one."""
+    name, dtype, point = key
+    parameters, size = _sizes(run.recognizer.model.config, run.recognizer.model.symbols, dtype)
+    return Row(
+        model=name,
+        operating_point=point,
+        dtype=dtype,
+        parameters=parameters,
+        bytes=size,
+        macs=run.macs,
+        real_time_factor=factor,
+        speed_up=first / factor,
+        wer=counts.words.rate,
+        cer=counts.characters.rate,
+        substitutions=counts.words.substitutions,
+        deletions=counts.words.deletions,
+        insertions=counts.words.insertions,
+        words=counts.words.reference,
+        path=run.path,
+    )
 
 
 def _sizes(config: EncoderConfig, symbols: List[str], dtype: str) -> Tuple[int, int]:
@@ -337,7 +346,3 @@ def write_tradeoff(result: Tradeoff, out: Path, title: str, report: Callable[[st
         plot_tradeoff(result, names["png"], title)
     except ValueError as error:
         report(f"{names['png']}: left out: {error}")
-
-
-def as_json(result: Tradeoff) -> str:
-    return json.dumps(result.record(), indent=2, ensure_ascii=False)
