@@ -45,12 +45,15 @@ def plot_tradeoff(result: Tradeoff, path: Path, title: str = "") -> None:
         panel.set_ylim(0, top + 0.1)
         panel.set_xlabel(axis.unit)
         # those of the front first, and of the others only where there is room: a label has an eighth by a thirtieth
-        written = []
+        named, written = {}, []
         for row, label in sorted(zip(rows, labels(rows)), key=lambda pair: axis.key not in pair[0].pareto):
-            x, y = place(row)
+            named.setdefault(place(row), {})[label] = None
+        for (x, y), names in named.items():
             if all(abs(x - a) > right / 8 or abs(y - b) > (top + 0.1) / 30 for a, b in written):
                 written.append((x, y))
-                panel.annotate(_literal(label), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+                panel.annotate(
+                    _literal(", ".join(names)), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8
+                )
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("WER %")
     if len(models) > 1:

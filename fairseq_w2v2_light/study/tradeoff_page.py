@@ -68,6 +68,7 @@ circle.hot { stroke: var(--text) !important; stroke-width: 3; }
 #tip[hidden] { display: none; }
 #tip strong { display: block; overflow-wrap: anywhere; margin-bottom: 2px; }
 #tip dl { display: grid; grid-template-columns: auto auto; gap: 0 14px; margin: 0; }
+#tip small { display: block; color: var(--soft); overflow-wrap: anywhere; margin-top: 4px; }
 #tip dt { color: var(--soft); }
 #tip dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin-top: 22px; border: 1px solid var(--line); border-radius: 8px; }
@@ -213,6 +214,10 @@ SCRIPT = """
     show(state().row);
   };
 
+  // the rows whose points lie on one another, such as one model in several dtypes against its MACs
+  const together = index => [...places.keys()].filter(other =>
+    Math.hypot(places[other][0] - places[index][0], places[other][1] - places[index][1]) < 2);
+
   // names beside the points, those of the front first; where there is no room, the tooltip has them
   const names = (root, left, right, top, bottom, axis) => {
     const taken = places.map(([a, b]) => [a - RADIUS, b - RADIUS, a + RADIUS, b + RADIUS]);
@@ -220,7 +225,10 @@ SCRIPT = """
     const rank = index => data.rows[index].fronts.includes(axis.key) ? 0 : 1;
     order.sort((one, other) => rank(one) - rank(other) || one - other);
     for (const index of order) {
-      const text = data.rows[index].label, long = text.length * LETTER, [a, b] = places[index];
+      const here = together(index);
+      if (order.find(other => here.includes(other)) !== index) continue;
+      const text = [...new Set(here.map(other => data.rows[other].label))].join(", ");
+      const long = text.length * LETTER, [a, b] = places[index];
       const boxes = [[9, -14], [9, 1], [-9 - long, -14], [-9 - long, 1], [-long / 2, -22], [-long / 2, 9]]
         .map(([dx, dy]) => [a + dx, b + dy, a + dx + long, b + dy + 13]);
       const free = boxes.find(box => box[0] >= left && box[2] <= right + 10 && box[1] >= top - 8 && box[3] <= bottom
@@ -242,7 +250,8 @@ SCRIPT = """
   };
 
   const show = index => {
-    circles.forEach((circle, number) => circle.classList.toggle("hot", number === index));
+    const spot = index < 0 ? [] : together(index);
+    circles.forEach((circle, number) => circle.classList.toggle("hot", spot.includes(number)));
     lines.forEach(line => line.classList.toggle("hot", Number(line.dataset.row) === index + 1));
     tip.hidden = index < 0;
     if (index < 0) return;
@@ -255,6 +264,9 @@ SCRIPT = """
       html("dt", list, name);
       html("dd", list, value);
     }
+    const others = spot.filter(other => other !== index)
+      .map(other => data.rows[other].cells.slice(0, 3).map(cell => cell[1]).join(" "));
+    if (others.length) html("small", tip, `on the same spot: ${others.join("; ")}`);
     const [a, b] = places[index], wide = tip.offsetWidth, high = tip.offsetHeight, room = chart.clientWidth;
     const beside = a + 16 + wide <= room ? a + 16 : a - 16 - wide;
     const fits = beside >= 0;

@@ -222,14 +222,16 @@ def test_page_in_a_browser(tmp_path):
 
 @needs_a_browser
 def test_an_address_leads_to_an_axis_and_a_row(tmp_path):
-    result = hostile()
+    result = tradeoff(*hostile().rows, row("twin"))
     (tmp_path / "tradeoff.html").write_text(page(result, "t"), encoding="utf-8")
     dom = opened(tmp_path, "#x=macs&log=1&row=2")
     shown = tooltip(dom)
+    # its MACs and WER are those of another
+    assert "<small>on the same spot: twin s1q1k1 float32</small>" in shown and ">s2q1k1, twin</text>" in dom
     assert f"<strong>{html.escape(HOSTILE[1], quote=False)}</strong>" in shown
     for name, value in (("real-time factor", "0.0050"), ("WER %", "10.00"), ("words", "200"), ("S", "5")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in shown
-    assert re.findall(r'<circle[^>]* data-row="(\d+)"[^>]* class="hot"', dom) == ["2"]
+    assert re.findall(r'<circle[^>]* data-row="(\d+)"[^>]* class="hot"', dom) == ["2", "7"]
     assert re.search(r'<tr id="row-2"[^>]* aria-current="true"', dom)
     assert ">GMACs for 10 s of audio</text>" in dom
 
