@@ -51,9 +51,9 @@ def plot_tradeoff(result: Tradeoff, path: Path, title: str = "") -> None:
         for (x, y), names in named.items():
             if all(abs(x - a) > right / 8 or abs(y - b) > (top + 0.1) / 30 for a, b in written):
                 written.append((x, y))
-                panel.annotate(
-                    _literal(", ".join(names)), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8
-                )
+                side, shift = ("right", -5) if x > 0.7 * right else ("left", 5)
+                text = _literal(", ".join(names))
+                panel.annotate(text, (x, y), (shift, 5), textcoords="offset points", ha=side, fontsize=8)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("WER %")
     if len(models) > 1:
