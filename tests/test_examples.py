@@ -1,5 +1,6 @@
 """The examples, scaled down until they are quick: they must not rot."""
 
+import csv
 import json
 import os
 import subprocess
@@ -22,11 +23,13 @@ pytest.importorskip("matplotlib", reason="pip install matplotlib to draw the plo
 def test_demo_trains_decodes_and_compares(tmp_path):
     arguments = ["--utterances", "12", "4", "4", "--pretrain-updates", "2", "--finetune-updates", "2"]
     output = run_example("demo", "--out", str(tmp_path / "demo"), *arguments)
-    rows = json.loads((tmp_path / "demo/tradeoff.json").read_text())
+    with open(tmp_path / "demo/tradeoff.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [row["operating_point"] for row in rows] == ["s1q1k1", "s1q2k2", "s2q1k2", "s3q2k2"]
-    macs = [row["macs"] for row in rows]
+    macs = [int(row["macs"]) for row in rows]
     assert macs == sorted(macs, reverse=True) and len(set(macs)) == 4
-    assert all(row["parameters"] < 1_000_000 and row["real_time_factor"] > 0 for row in rows)
+    assert all(int(row["parameters"]) < 1_000_000 and float(row["real_time_factor"]) > 0 for row in rows)
+    assert "shared, stochastic" in (tmp_path / "demo/tradeoff.html").read_text(encoding="utf-8")
     assert (tmp_path / "demo/tradeoff.png").read_bytes().startswith(b"\x89PNG")
     assert "| shared, stochastic | s2q1k2 |" in output
 

@@ -169,6 +169,7 @@ DOORS = {
     "Recognizer": lambda path, made: Recognizer.from_pretrained(path),
     "transcribe": verb("transcribe", "{MADE}/a.wav", "--model", "{CHECKPOINT}"),
     "evaluate": verb("evaluate", "{MADE}/table.csv", "--model", "{CHECKPOINT}"),
+    "tradeoff": verb("tradeoff", "{MADE}/table.csv", "{CHECKPOINT}"),
     "tune-lm": verb("tune-lm", "{MADE}/table.csv", "--model", "{CHECKPOINT}", "--lm", "{MADE}/lm.arpa"),
     "infer": verb("infer", "task.data={MADE}", "common_eval.path={CHECKPOINT}"),
 }

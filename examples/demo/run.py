@@ -5,16 +5,15 @@ run it yourself with other data. A run that was stopped goes on where it was.
 """
 
 import argparse
-import json
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import as_records, compare_points, format_table, train
-from fairseq_w2v2_light.study.plot import plot_tradeoff
+from fairseq_w2v2_light.study.experiment import train
 
+TITLE = "One checkpoint, four operating points (synthetic digits, unseen voices)"
 POINTS = ("s1q1k1", "s1q2k2", "s2q1k2", "s3q2k2")
 BATCH = "dataset.max_tokens=200000"  # 12.5 seconds: many small updates learn faster from little speech than few large
 
@@ -53,14 +52,16 @@ def main() -> None:
         report=say,
     )
 
-    step(4, f"decode the test voices with fairseq's own infer at {len(POINTS)} operating points of the one checkpoint")
-    rows = compare_points(finetuned, data, POINTS, out / "decoded", model="shared, stochastic", report=say)
-
-    say("\n" + format_table(rows))
-    atomic_write_text(out / "tradeoff.json", json.dumps(as_records(rows), indent=2) + "\n")
-    atomic_write_text(out / "tradeoff.md", format_table(rows) + "\n")
-    plot_tradeoff(rows, out / "tradeoff.png", "One checkpoint, four operating points (synthetic digits, unseen voices)")
-    say(f"\nplot: {out / 'tradeoff.png'}; checkpoint: {finetuned}; {time.time() - start:.0f} s in all")
+    step(
+        4,
+        f"transcribe and score the test voices at {len(POINTS)} operating points of the one checkpoint, and time them",
+    )
+    w2v2_light(
+        *("tradeoff", str(data), f"shared, stochastic={finetuned}", "--operating-points", ",".join(POINTS)),
+        *("--out", str(out), "--title", TITLE),
+    )
+    say(f"\nplot: {out / 'tradeoff.png'}, {out / 'tradeoff.html'}; checkpoint: {finetuned}")
+    say(f"{time.time() - start:.0f} s in all")
 
 
 def step(number: int, text: str) -> None:
@@ -72,7 +73,7 @@ def say(text: str) -> None:
 
 
 def w2v2_light(*arguments: str) -> None:
-    say("$ w2v2-light " + " ".join(arguments))
+    say("$ " + shlex.join(["w2v2-light", *arguments]))
     subprocess.run([sys.executable, "-m", "fairseq_w2v2_light.cli", *arguments], check=True)
 
 

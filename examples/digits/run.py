@@ -3,19 +3,18 @@
     python examples/digits/run.py FOLDER
 
 FOLDER is a fairseq manifest folder (`w2v2-light prepare` makes one from your recordings): train, valid and test with
-letter labels. Trains three models (about an hour on two CPU cores), decodes each with fairseq's own infer, and writes
-a table and a plot. Every step prints its command; a run that was stopped goes on where it was.
+letter labels. Trains three models (about an hour on two CPU cores), and compares them with `w2v2-light tradeoff`: a
+table, a plot and a page. Every step prints its command; a run that was stopped goes on where it was.
 """
 
 import argparse
-import json
+import shlex
 import time
 from pathlib import Path
 
+from fairseq_w2v2_light.cli.main import main as w2v2_light
 from fairseq_w2v2_light.data.manifest import localise_manifest
-from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import PLAIN, as_records, compare_points, format_table, train
-from fairseq_w2v2_light.study.plot import plot_tradeoff
+from fairseq_w2v2_light.study.experiment import PLAIN, train
 
 LIGHT = ["model.unique_layers=2"]  # two stored layers serve four
 # half an hour of speech is little: more masks, dropout and updates than the recipe's serve every point
@@ -39,12 +38,11 @@ def main() -> None:
     if not (data / "train.tsv").is_file():
         localise_manifest(args.data, data)
 
-    rows = []
+    models = {}
     if "light" in args.models:
-        light = fit("light", data, args, LIGHT, REGULARISED, args.light_updates)
-        rows += compare_points(light, data, all_points(light), args.out / "light/decoded", model="light", report=say)
+        light = models["light"] = fit("light", data, args, LIGHT, REGULARISED, args.light_updates)
         say(f"\nfine-tune the stochastic model for {SPECIFIC} only")
-        specific = train(
+        models[f"light, {SPECIFIC} only"] = train(
             "finetuning/tiny",
             data,
             args.out / "light" / SPECIFIC,
@@ -61,18 +59,15 @@ def main() -> None:
             max_update=args.specific_updates,
             report=say,
         )
-        rows += compare_points(
-            specific, data, [SPECIFIC], args.out / "light/decoded-specific", model=f"light, {SPECIFIC} only", report=say
-        )
     if "plain" in args.models:
-        plain = fit("plain", data, args, list(PLAIN), [], args.plain_updates)
-        rows += compare_points(plain, data, ["s1q1k1"], args.out / "plain/decoded", model="plain", report=say)
+        models["plain"] = fit("plain", data, args, list(PLAIN), [], args.plain_updates)
 
-    say("\n" + format_table(rows))
-    atomic_write_text(args.out / "tradeoff.json", json.dumps(as_records(rows), indent=2) + "\n")
-    atomic_write_text(args.out / "tradeoff.md", format_table(rows) + "\n")
-    plot_tradeoff(rows, args.out / "tradeoff.png", "Connected digits, test split")
-    say(f"\nplot: {args.out / 'tradeoff.png'}; {time.time() - start:.0f} s in all")
+    command = ["tradeoff", str(data), *(f"{name}={path}" for name, path in models.items()), "--out", str(args.out)]
+    command += ["--title", "Connected digits, test split"]
+    say("\n$ " + shlex.join(["w2v2-light", *command]))
+    if w2v2_light(command) != 0:
+        raise SystemExit(2)
+    say(f"\nplot: {args.out / 'tradeoff.png'}, {args.out / 'tradeoff.html'}; {time.time() - start:.0f} s in all")
 
 
 def fit(name: str, data: Path, args, pretraining, finetuning, updates: int) -> Path:
@@ -95,13 +90,6 @@ def fit(name: str, data: Path, args, pretraining, finetuning, updates: int) -> P
         max_update=updates,
         report=say,
     )
-
-
-def all_points(checkpoint: Path):
-    """Every operating point that the checkpoint was trained for."""
-    from fairseq_w2v2_light.study.cost import cost, load_subject
-
-    return cost(load_subject(str(checkpoint), []))["operating_points"]
 
 
 def say(text: str) -> None:

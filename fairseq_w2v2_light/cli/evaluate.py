@@ -4,17 +4,16 @@ import argparse
 import dataclasses
 import json
 import math
-import time
 import unicodedata
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List
 
-from ..data.progress import progress
 from ..data.references import DEFAULT_SPLIT, IDS, Reference, pair, read_hypotheses, read_references
 from ..data.sources import parse_columns
 from ..data.text import remove_punctuation
 from ..files import atomic_path
-from ..runtime.scoring import Counts, Scored, Totals, alignment_lines, score, totals
+from ..runtime.scoring import Counts, Scored, alignment_lines
+from ..study.evaluation import WINDOW_SECONDS, Result, check_references, recognise, scored
 from . import recognition_options
 from .stream import display_width
 
@@ -23,20 +22,6 @@ _OF_A_MODEL = (
     *("lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold", "dictionary", "threads"),
     *("all_points", "write_to_folder"),
 )
-
-
-class Result(NamedTuple):
-    """What one run of a model, or one file of hypotheses, was worth.
-
-    about: how the hypotheses came about, for the report: model, operating_point, dtype, decoder; empty of a file.
-    audio, compute: seconds; 0 of a file.
-    """
-
-    scored: List[Scored]
-    totals: Totals
-    about: Dict[str, str]
-    audio: float = 0.0
-    compute: float = 0.0
 
 
 def add_arguments(parser) -> None:
@@ -74,9 +59,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--window",
         type=float,
-        default=40.0,
+        default=WINDOW_SECONDS,
         metavar="SECONDS",
-        help="utterances up to this are heard whole, as by `infer`; longer ones are cut (default: 40; transcribe: 20)",
+        help="utterances up to this are heard whole, as by `infer`; longer ones are cut (default: "
+        f"{WINDOW_SECONDS:g}; transcribe: 20)",
     )
     parser.add_argument("--all-points", action="store_true", help="evaluate every operating point of the model")
     parser.add_argument(
@@ -84,12 +70,7 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="record the error rates in the model folder, where --auto-operating-point finds them",
     )
-    parser.add_argument("--lowercase", action="store_true", help="compare in lower case")
-    parser.add_argument(
-        "--remove-punctuation",
-        action="store_true",
-        help="compare letters, digits and apostrophes only; other signs are white space, as in `prepare`",
-    )
+    add_normalisation(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object, or a list of them for several points"
     )
@@ -98,6 +79,16 @@ def add_arguments(parser) -> None:
         type=Path,
         metavar="FILE",
         help="write the alignment of each utterance as text or, if the name ends with .jsonl, as JSON lines",
+    )
+
+
+def add_normalisation(parser) -> None:
+    """Declares the options that `normalised` reads."""
+    parser.add_argument("--lowercase", action="store_true", help="compare in lower case")
+    parser.add_argument(
+        "--remove-punctuation",
+        action="store_true",
+        help="compare letters, digits and apostrophes only; other signs are white space, as in `prepare`",
     )
 
 
@@ -122,13 +113,7 @@ def run(args) -> int:
 def _recognised(args, references: List[Reference]) -> Iterator[Result]:
     """Runs the model at every point asked for, and records the results if wanted."""
     recognition_options.check(args)
-    missing = next((reference for reference in references if reference.path is None), None)
-    if missing is not None:
-        raise ValueError(
-            f"{args.references}: lines of text name no audio for --model; give a manifest folder or a table with "
-            "columns path and text, or --hypotheses FILE"
-        )
-    _check_audio(references)
+    check_references(references)
     paths = [reference.path for reference in references]
     recognizer = recognition_options.recognizer(args, recordings=paths, longest=args.window)
     recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=args.window)
@@ -136,7 +121,7 @@ def _recognised(args, references: List[Reference]) -> Iterator[Result]:
     for point in recognition_options.points(args, recognizer, args.all_points):
         recognizer.point = point
         about = recognition_options.describe(args, recognizer)
-        result = recognise(recognizer, references, lambda text: normalised(args, text), about)
+        result = recognise(recognizer, references, lambda text: normalised(args, text), about, recognition_options.note)
         recognition_options.compare_with_budget(args, result.compute, result.audio)
         entries.append(_entry(args, result))
         yield result
@@ -144,50 +129,6 @@ def _recognised(args, references: List[Reference]) -> Iterator[Result]:
         from ..runtime.operating import record
 
         record(args.model, entries)
-
-
-def recognise(
-    recognizer, references: List[Reference], normalise: Callable[[str], str], about: Dict[str, str]
-) -> Result:
-    """Transcribes the audio of references and scores the texts.
-
-    Files that cannot be transcribed are named on standard error as they come. Raises ValueError where there were any,
-    and unless there are as many texts as references.
-    """
-    texts, failed, audio = [], [], 0.0
-    began = time.perf_counter()
-    transcripts = recognizer.transcribe([reference.path for reference in references])
-    for transcript in progress(transcripts, about.get("operating_point", ""), len(references)):
-        if transcript.error:
-            failed.append(f"{references[len(texts)].where}: {transcript.error}")
-            recognition_options.note(failed[-1])
-        texts.append(transcript.text)
-        audio += transcript.seconds
-    compute = time.perf_counter() - began
-    if len(texts) != len(references):
-        raise ValueError(f"{len(texts)} hypotheses for {len(references)} references: the recogniser lost some")
-    if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(references)} utterances could not be transcribed, and the error rate of the others "
-            f"would not be that of the set; mend or remove these: {failed[0]}"
-        )
-    return scored(references, texts, normalise, about)._replace(audio=audio, compute=compute)
-
-
-def scored(
-    references: List[Reference],
-    texts: List[str],
-    normalise: Callable[[str], str] = str,
-    about: Optional[Dict[str, str]] = None,
-) -> Result:
-    """Scores one text for each reference; raises ValueError where the references hold no words."""
-    utterances = [
-        score(reference.name, normalise(reference.text), normalise(text)) for reference, text in zip(references, texts)
-    ]
-    result = Result(utterances, totals(utterances), about or {})
-    if not result.totals.words.reference:
-        raise ValueError(f"{references[0].where}: the references hold no words; the word error rate is undefined")
-    return result
 
 
 def normalised(args, text: str) -> str:
@@ -310,17 +251,6 @@ def _entry(args, result: Result) -> Dict[str, Any]:
         "dtype": result.about["dtype"],
         "decoder": result.about["decoder"],
     }
-
-
-def _check_audio(references: List[Reference]) -> None:
-    """Raises ValueError for the first file that cannot be opened, before the model is loaded for hours of work."""
-    from ..runtime.audio import check_audio
-
-    for reference in references:
-        try:
-            check_audio(reference.path)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{reference.where}: {error}") from None
 
 
 def _check_options(args) -> None:

@@ -35,6 +35,10 @@ VERBS = {
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
     "stream": ("stream", "transcribe a file or a microphone as the audio arrives, with a streaming checkpoint"),
     "evaluate": ("evaluate", "score a model, or texts, against references: WER, CER, and how fast it was"),
+    "tradeoff": (
+        "tradeoff",
+        "measure accuracy, speed, MACs and size of models at their operating points: table, CSV, page",
+    ),
     "lm": ("lm", "make an n-gram language model of a small text, as an ARPA file"),
     "tune-lm": ("tune_lm", "find the weights of a language model on a development set"),
     "infer": ("infer", "decode with fairseq's examples/speech_recognition/new/infer.py"),
@@ -43,7 +47,7 @@ VERBS = {
 # those that read checkpoints, and take --trust-checkpoint
 CHECKPOINT_VERBS = (
     *("convert", "student", "prune", "cost", "export", "stream", "infer"),
-    *("transcribe", "evaluate", "quantize", "tune-lm", "stability"),
+    *("transcribe", "evaluate", "tradeoff", "quantize", "tune-lm", "stability"),
 )
 
 EXIT_USAGE = 2

@@ -1,4 +1,4 @@
-"""Runs fairseq's own commands one after the other, as the examples do: train, decode, measure, compare."""
+"""Runs fairseq's own commands one after the other, as the examples do: train, decode."""
 
 import os
 import re
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Union
 
@@ -17,22 +16,6 @@ from ..paths import config_dir, user_dir
 
 _UPDATE = re.compile(r"num_updates=(\d+)")
 _VALID = re.compile(r"num_updates (\d+)")
-
-
-@dataclass(frozen=True)
-class PointResult:
-    """One row of a trade-off table: a model at an operating point.
-
-    parameters: stored in the CTC model; macs: of 10 s of audio; real_time_factor: seconds of compute per second of
-    audio; wer: percent.
-    """
-
-    model: str
-    operating_point: str
-    parameters: int
-    macs: int
-    real_time_factor: float
-    wer: float
 
 
 def train(
@@ -168,51 +151,3 @@ def decode(
     log = out / "infer.log"
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         return infer(arguments)
-
-
-def compare_points(
-    checkpoint: Union[str, Path],
-    data: Path,
-    points: Sequence[str],
-    out: Path,
-    split: str = "test",
-    model: str = "",
-    report: Callable[[str], None] = print,
-) -> List[PointResult]:
-    """Decodes `split` with the stock infer at each operating point, and measures parameters, MACs and real-time factor.
-
-    Hypotheses and infer's log go to `out`. The points are timed interleaved on the same utterances, one by one
-    (batch size 1).
-    """
-    from .cost import cost, load_subject
-    from .speed import real_time_factors
-
-    decoded = decode(checkpoint, data, points, out, split, report)
-    speeds = real_time_factors(checkpoint, data, split, points)
-    subject = load_subject(str(checkpoint), [])
-    rows = []
-    for point, result in zip(points, decoded):
-        counted = cost(subject, 10.0, point)
-        rows.append(
-            PointResult(model, point, counted["parameters"], counted["macs"], speeds[point], round(result["wer"], 2))
-        )
-    return rows
-
-
-def format_table(rows: Sequence[PointResult]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| model | operating point | parameters | GMACs (10 s) | real-time factor | WER % |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.model} | {row.operating_point} | {row.parameters / 1e6:.2f} M | {row.macs / 1e9:.2f} | "
-            f"{row.real_time_factor:.4f} | {row.wer:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def as_records(rows: Sequence[PointResult]) -> List[dict]:
-    """The rows as JSON-ready dicts."""
-    return [asdict(row) for row in rows]

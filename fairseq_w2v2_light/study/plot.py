@@ -1,11 +1,10 @@
-"""The trade-off between compute and accuracy, drawn."""
+"""The trade-off between cost and accuracy, drawn."""
 
 import logging
 from pathlib import Path
-from typing import Sequence
 
 from ..files import atomic_path
-from .experiment import PointResult
+from .tradeoff import Tradeoff, axes, labels
 
 
 def load_pyplot():
@@ -22,38 +21,50 @@ def load_pyplot():
     return pyplot
 
 
-def plot_tradeoff(rows: Sequence[PointResult], path: Path, title: str = "") -> None:
-    """Saves WER against real-time factor and against MACs as a PNG, one point a row, one colour a model.
+def plot_tradeoff(result: Tradeoff, path: Path, title: str = "") -> None:
+    """Saves WER against real-time factor, MACs and parameters as a PNG, one point a row, one colour a model.
 
-    Raises ValueError with the install command when matplotlib is missing.
+    The grey steps are the Pareto fronts. Raises ValueError with the install command when matplotlib is missing.
     """
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    panels = (
-        (axes[0], "seconds of compute per second of audio", lambda row: row.real_time_factor),
-        (axes[1], "GMACs for 10 s of audio", lambda row: row.macs / 1e9),
-    )
-    for axis, label, value in panels:
-        for model in dict.fromkeys(row.model for row in rows):
-            own = sorted((row for row in rows if row.model == model), key=value)
-            axis.plot([value(row) for row in own], [row.wer for row in own], "o--", label=model or None, linewidth=1)
-            for row in own:
-                axis.annotate(
-                    row.operating_point,
-                    (value(row), row.wer),
-                    textcoords="offset points",
-                    xytext=(5, 5),
-                    fontsize=8,
-                )
-        axis.set_xlabel(label)
-        axis.set_xlim(0, 1.2 * max(value(row) for row in rows))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("WER %")
-    axes[0].set_ylim(0, 1.25 * max(row.wer for row in rows) + 0.1)
-    if len({row.model for row in rows}) > 1:
-        axes[0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
+    rows = result.rows
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5.2), sharey=True, layout="constrained")
+    for panel, axis in zip(panels, axes(result.about["seconds"])):
+
+        def place(row, axis=axis):
+            return getattr(row, axis.key) / axis.scale, row.wer
+
+        front = sorted(place(row) for row in rows if axis.key in row.pareto)
+        panel.step(*zip(*front), where="post", color="0.6", linewidth=1, linestyle="--")
+        for model in models:
+            own = [row for row in rows if row.model == model]
+            panel.plot(*zip(*map(place, own)), "o", label=_literal(model))
+        right, top = (1.2 * max(values) for values in zip(*map(place, rows)))
+        panel.set_xlim(0, right)
+        panel.set_ylim(0, top + 0.1)
+        panel.set_xlabel(axis.unit)
+        # those of the front first, and of the others only where there is room: a label has an eighth by a thirtieth
+        named, written = {}, []
+        for row, label in sorted(zip(rows, labels(rows)), key=lambda pair: axis.key not in pair[0].pareto):
+            named.setdefault(place(row), {})[label] = None
+        for (x, y), names in named.items():
+            if all(abs(x - a) > right / 8 or abs(y - b) > (top + 0.1) / 30 for a, b in written):
+                written.append((x, y))
+                side, shift = ("right", -5) if x > 0.7 * right else ("left", 5)
+                text = _literal(", ".join(names))
+                panel.annotate(text, (x, y), (shift, 5), textcoords="offset points", ha=side, fontsize=8)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("WER %")
+    if len(models) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(models), 4))
+    figure.suptitle(_literal(title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib shows as it stands: no mathematics, and in a legend also with `_` before it."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

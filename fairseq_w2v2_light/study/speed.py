@@ -1,17 +1,17 @@
-"""How fast a CTC checkpoint transcribes on this machine."""
+"""How fast CTC models transcribe on this machine. Without fairseq."""
 
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
-from ..data.manifest import read_manifest
+from ..data.references import read_references
 from ..nn.operating_point import OperatingPoint
+from ..runtime.audio import wav_blocks
 from ..runtime.ctc import CtcModel
 from ..runtime.load import load_ctc
 from ..runtime.pack import pack_
@@ -27,45 +27,49 @@ def load_packed(checkpoint) -> CtcModel:
     return model
 
 
-def read_audio(data, split: str, utterances: int, seconds: float = 0.0) -> List[Tensor]:
-    """The first utterances of a split, each (1, samples); with `seconds`, joined and cut into pieces of that length.
+def interleaved_factors(
+    runs: Mapping[Any, Tuple[CtcModel, Optional[OperatingPoint]]],
+    paths: Sequence[Path],
+    seconds: float = 10.0,
+    pieces: int = 3,
+    repeats: int = 7,
+) -> Dict[Any, float]:
+    """Seconds of compute per second of audio of models (prepared or packed) at operating points (None: their own).
 
-    Of joined ones the last piece is left out where it is shorter, unless it is the only one.
+    On the same `pieces` of `seconds` of the audio files `paths`, one by one, from waveform to CTC logits, on the CPU
+    with torch's current number of threads; median of `repeats` in turns.
     """
-    manifest = read_manifest(Path(data) / f"{split}.tsv")
-    waves = []
-    for entry in manifest.entries[:utterances]:
-        samples, rate = soundfile.read(str(Path(manifest.root) / entry.path), dtype="float32")
-        waves.append(samples)
-    if seconds:
-        length = round(seconds * rate)
-        joined = np.concatenate(waves)
-        waves = [joined[start : start + length] for start in range(0, max(len(joined) - length, 0) + 1, length)]
-    return [torch.from_numpy(wave).unsqueeze(0) for wave in waves]
+    rates = {model.sample_rate for model, _ in runs.values()}
+    waves = {rate: read_pieces(paths, seconds, pieces, rate) for rate in rates}
+    return _interleaved(
+        {name: _transcriber(model, waves[model.sample_rate], point) for name, (model, point) in runs.items()}, repeats
+    )
 
 
-def real_time_factors(
-    checkpoint, data, split: str, points: Sequence[str], utterances: int = 20, repeats: int = 5
-) -> Dict[str, float]:
-    """Seconds of compute per second of audio at each operating point: median of interleaved repeats, batch size 1.
-
-    From waveform to CTC logits, on the CPU with torch's current number of threads.
-    """
-    model = load_packed(checkpoint)
-    waves = read_audio(data, split, utterances)
-    return _interleaved({point: _transcriber(model, waves, OperatingPoint.parse(point)) for point in points}, repeats)
+def read_pieces(paths: Sequence[Path], seconds: float, pieces: int, sample_rate: int) -> List[Tensor]:
+    """`pieces` of audio files joined, each (1, samples) and exactly `seconds` long; where the audio ends, from its
+    beginning again. Reads no more files than it needs."""
+    length = round(seconds * sample_rate)
+    blocks: List[np.ndarray] = []
+    for path in paths:
+        blocks.extend(wav_blocks(path, 1.0, sample_rate))
+        if sum(map(len, blocks)) >= pieces * length:
+            break
+    if not blocks:
+        raise ValueError(f"{paths[0]}: no samples in it, nor in the other files; the speed is measured on speech")
+    return list(torch.from_numpy(np.resize(np.concatenate(blocks), (pieces, 1, length))))
 
 
 def compare_real_time_factors(
-    checkpoints: Mapping[str, Any], data, split: str, utterances: int = 100, repeats: int = 9, seconds: float = 10.0
+    checkpoints: Mapping[str, Any], data, split: str, seconds: float = 10.0, pieces: int = 20, repeats: int = 9
 ) -> Dict[str, float]:
-    """As `real_time_factors`, of several models by name, each at its own operating point, on pieces of `seconds`.
+    """As `interleaved_factors`, of checkpoints or model folders by name on a split of a manifest folder.
 
     MACs, to compare with, are those of 10 s: attention has more of them the longer the audio is.
     """
-    waves = read_audio(data, split, utterances, seconds)
-    models = {name: load_packed(checkpoint) for name, checkpoint in checkpoints.items()}
-    return _interleaved({name: _transcriber(model, waves) for name, model in models.items()}, repeats)
+    runs = {name: (load_packed(checkpoint), None) for name, checkpoint in checkpoints.items()}
+    paths = [reference.path for reference in read_references(Path(data), split)]
+    return interleaved_factors(runs, paths, seconds, pieces, repeats)
 
 
 def _transcriber(model: CtcModel, waves: List[Tensor], point: Optional[OperatingPoint] = None) -> Callable[[], float]:

@@ -198,7 +198,7 @@ def test_options_that_do_not_fit(data, tmp_path, monkeypatch, capsys, options, m
 
 
 def test_lines_of_text_have_no_audio(tmp_path, capsys):
-    assert "lines of text name no audio for --model" in failure(capsys, lines(tmp_path / "r.txt", "A"), "--model", "m")
+    assert "lines of text name no audio for a model" in failure(capsys, lines(tmp_path / "r.txt", "A"), "--model", "m")
 
 
 @pytest.mark.parametrize("references", ["", "test.tsv", "table.csv"])
