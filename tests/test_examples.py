@@ -83,6 +83,23 @@ def test_pruning_compares_models(tmp_path, noise):
     assert "| mac 20 % |" in output
 
 
+def test_combine_means_over_its_seeds(tmp_path, noise):
+    out = tmp_path / "out"
+    teacher = tiny_teacher(tmp_path, noise)
+    arguments = [str(noise), "--teacher", teacher, "--out", str(out), "--updates", "2", "--seeds", "1", "2"]
+    output = run_example("combine", *arguments, "--points", "s2q1k2", "--others", f"again={teacher}")
+    rows = [line[2:-2].split(" | ") for line in (out / "results.md").read_text().splitlines()[2:]]
+    names = ["teacher", "again", "shared, stochastic, distilled"]
+    assert [row[:3] for row in rows] == [
+        [name, point, dtype]
+        for name, point in zip(names, ("s1q1k1", "s1q1k1", "s2q1k2"))
+        for dtype in ("float32", "int8")
+    ]
+    assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in rows)
+    assert " to " in rows[-1][-1] and " to " not in rows[0][-1]
+    assert (out / "test/tradeoff.html").is_file() and "| teacher | s1q1k1 | int8 |" in output
+
+
 def run_example(name, *arguments):
     """Runs examples/NAME/run.py; returns what it printed."""
     command = [sys.executable, str(ROOT / "examples" / name / "run.py"), *arguments]
