@@ -3,6 +3,7 @@
 #   VENV      where the environment goes
 #   PIP_ARGS  handed to pip, for example --extra-index-url https://download.pytorch.org/whl/cpu
 #   ARGS      handed to pytest or the demo
+#   DATA      for `make results`: a fairseq manifest folder with train, valid, test and letter labels
 
 PYTHON ?=
 VENV ?= .venv
@@ -10,11 +11,12 @@ PIP_ARGS ?=
 ARGS ?=
 export PIP_ARGS
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test results results-data lint format clean
 
 help:
 	@echo "make demo    synthesise speech, train a compressed wav2vec 2.0 on it, decode it (10 minutes after set-up)"
 	@echo "make test    the test suite"
+	@echo "make results DATA=FOLDER  what RESULTS.md says, made again (about half a day on two CPU cores)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
 	@echo "make venv    only the environment"
@@ -28,6 +30,33 @@ demo: venv
 
 test: venv
 	"$(VENV)/bin/python" -m pytest $(or $(ARGS),tests)
+
+# each of these prints its tables and the commands below it; what was trained before is not trained again
+EXAMPLE = "$(VENV)/bin/python" examples
+BENCHMARK = -"$(VENV)/bin/python" benchmarks
+PLAIN = outputs/digits/plain/finetuned/checkpoint_last.pt
+PRUNED = outputs/pruning/mac_40/finetuned/checkpoint_last.pt
+
+results: results-data venv
+	$(EXAMPLE)/digits/run.py "$(DATA)"
+	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN)
+	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN)
+	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN)
+	$(EXAMPLE)/combine/run.py "$(DATA)" --teacher $(PLAIN) --others "pruned, mac 40 %=$(PRUNED)"
+	$(BENCHMARK)/claims.py
+	$(BENCHMARK)/inference.py --models base large sew_tiny digits pruned stochastic_tiny stochastic_base
+	$(BENCHMARK)/training.py
+	$(BENCHMARK)/quantized.py
+	$(BENCHMARK)/huggingface.py base large sew
+	$(BENCHMARK)/streaming.py --minutes 60
+	$(BENCHMARK)/transcription.py --model $(PLAIN) --data outputs/digits/data
+	$(BENCHMARK)/budget.py
+	$(BENCHMARK)/lfmmi.py --threads 2 --repeats 9 --orders 2
+	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --repeats 2 --utterances 200
+
+results-data:
+	@test -f "$(DATA)/train.tsv" || { echo "make results DATA=FOLDER: found no '$(DATA)/train.tsv'; FOLDER is a fairseq" \
+	    "manifest folder, as w2v2-light prepare makes it"; exit 2; }
 
 lint: venv
 	"$(VENV)/bin/python" -m ruff check .

@@ -73,3 +73,13 @@ def test_every_verb_and_recipe_that_the_readme_names_exists():
     assert set(re.findall(r"(?m)^ *w2v2-light ([a-z-]+)", text)) <= set(VERBS)
     for recipe in set(re.findall(r"pretraining/\w+", text)) - {"pretraining/NAME"}:
         assert recipe_path(recipe).is_file()
+
+
+def test_every_script_that_the_documents_name_exists():
+    texts = [README.with_name(name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md")]
+    named = {path for text in texts for path in re.findall(r"(?:examples|benchmarks)/\w+(?:/\w+)?\.py", text)}
+    makefile = README.with_name("Makefile").read_text(encoding="utf-8")
+    named |= {f"examples/{path}" for path in re.findall(r"\$\(EXAMPLE\)/(\S+)", makefile)}
+    named |= {f"benchmarks/{path}" for path in re.findall(r"\$\(BENCHMARK\)/(\S+)", makefile)}
+    assert len(named) > 12
+    assert [path for path in sorted(named) if not (README.parent / path).is_file()] == []
