@@ -159,6 +159,7 @@ DOORS = {
     "fairseq-generate": lambda path, made: checkpoint_utils.load_model_ensemble_and_task([str(path)]),
     "cost": verb("cost", "{CHECKPOINT}"),
     "cost --latency": verb("cost", "{CHECKPOINT}", "--latency"),
+    "bench": verb("bench", "{CHECKPOINT}"),
     "convert": verb("convert", "{CHECKPOINT}", "{OUT}"),
     "student": verb("student", "{CHECKPOINT}", "{OUT}", "--layers", "first:1"),
     "prune": verb("prune", "{CHECKPOINT}", "{OUT}"),

@@ -29,6 +29,7 @@ VERBS = {
     "prune": ("prune", "remove what the gates of a checkpoint closed, and write a smaller one that computes the same"),
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates and bytes of a recipe or a checkpoint"),
+    "bench": ("bench", "time models on this machine, beside other implementations with the same weights"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "quantize": ("quantize", "write a fine-tuned model as a model folder with int8 weights: smaller and faster"),
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
@@ -41,7 +42,7 @@ VERBS = {
 
 # those that read checkpoints, and take --trust-checkpoint
 CHECKPOINT_VERBS = (
-    *("convert", "student", "prune", "cost", "export", "stream", "infer"),
+    *("convert", "student", "prune", "cost", "bench", "export", "stream", "infer"),
     *("transcribe", "evaluate", "quantize", "tune-lm"),
 )
 
