@@ -57,3 +57,13 @@ def test_quantized_compares_bytes_and_time():
         assert float(row["weights"].split()[0]) > 0 and float(row["median"].split()[0]) > 0
         limit = 1e-4 if row["model"].endswith("float32") else 0.1
         assert float(row["error of the logits"]) < limit
+
+
+def test_training_compares_the_same_update_and_the_memory_of_shared_layers():
+    rows = smoke("training.py")
+    measured = {row[0]: row[1:] for row in rows}
+    assert float(measured["ours"][-1]) < 1e-5 and float(measured["ours"][-2]) > 0
+    assert all(float(cell) > 0 for cell in measured["stock fairseq"][:-1])
+    unshared, shared = measured["unshared"], measured["shared, a map in every layer"]
+    assert float(unshared[0].split()[0]) > 10 * float(shared[0].split()[0])
+    assert 0 < float(shared[2]) < float(unshared[2]) and float(shared[1]) < 0.1 * float(unshared[1])
