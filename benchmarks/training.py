@@ -17,49 +17,23 @@ weights, gradients and Adam's two states take in fp32; the rest are activations,
 """
 
 import argparse
-import multiprocessing
-import re
-import resource
 import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List
 
 import torch
-from fairseq.criterions.wav2vec_criterion import Wav2vecCriterion
-from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
-from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
-from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
-from omegaconf import OmegaConf
-from torch import nn
 
-from fairseq_w2v2_light.criterions import LightContrastive
-from fairseq_w2v2_light.models import W2V2LightModel
-from fairseq_w2v2_light.models.recipe import load_recipe
-from fairseq_w2v2_light.nn.counts import SAMPLE_RATE
-from fairseq_w2v2_light.study.cost import load_subject
 from fairseq_w2v2_light.study.experiment import PLAIN
+from fairseq_w2v2_light.study.training import PARTS, Side, batch, build, clip_norm, fixed_loss, peak_memory, update
 
 # four numbers of fp32 for each weight: itself, its gradient and Adam's two averages
 BYTES_OF_A_WEIGHT = 16
-# utterances of a batch have such lengths, relative to the shortest: the recipes crop the others to it
-LENGTHS = (1.0, 1.3, 1.1, 1.6)
 TINY = "pretraining/light_stochastic_tiny"
 SMOKE = dict(
     recipe=TINY, layers=2, batch_seconds=2.0, repeats=1, memory_recipe=TINY, memory_layers=24, memory_seconds=1.0
 )
-PARTS = ("forward", "backward", "update")
-
-
-class Side(NamedTuple):
-    """A model in training, its criterion and its optimizer."""
-
-    name: str
-    model: nn.Module
-    criterion: nn.Module
-    optimizer: FairseqAdam
 
 
 def main() -> int:
@@ -87,7 +61,6 @@ def main() -> int:
         parser.error("--cpu-time counts one thread: add --threads 1")
     warnings.filterwarnings("ignore", module=r"fairseq\.|torch\.")
     print(f"torch {torch.__version__}, {args.threads} threads, fp32, {args.repeats} turns")
-    # memory first, in forked processes: a pool of threads that is in use does not survive a fork
     if "memory" in args.parts:
         compare_memory(args)
     if "time" in args.parts:
@@ -136,70 +109,6 @@ def layers_override(layers) -> List[str]:
     return [f"model.encoder_layers={layers}"] if layers else []
 
 
-def batch(recipe: str, seconds: float, utterances: int, padded: bool = False) -> Dict[str, Any]:
-    """Synthetic utterances of different lengths, collated as fairseq does: cropped to the shortest, or padded."""
-    task = load_recipe(recipe).task
-    lengths = [LENGTHS[index % len(LENGTHS)] for index in range(utterances)]
-    unit = seconds * SAMPLE_RATE / (max(lengths) if padded else min(lengths)) / utterances
-    generator = torch.Generator().manual_seed(0)
-    waves = [torch.randn(round(length * unit), generator=generator) for length in lengths]
-    dataset = RawAudioDataset(SAMPLE_RATE, pad=padded, normalize=task.normalize)
-    samples = [{"id": index, "source": dataset.postprocess(wave, SAMPLE_RATE)} for index, wave in enumerate(waves)]
-    return dataset.collater(samples)
-
-
-def build(recipe: str, overrides: Sequence[str], stock: bool) -> Side:
-    """Model, criterion and optimizer of a recipe: fairseq's own, or ours."""
-    subject, settings = load_subject(recipe, list(overrides)), load_recipe(recipe)
-    weights = list(settings.criterion.loss_weights)
-    torch.manual_seed(0)
-    if stock:
-        config = Wav2Vec2Config()
-        for key, value in subject.model.items():
-            if hasattr(config, key) and value is not None:
-                setattr(config, key, value)
-        model, criterion = Wav2Vec2Model(config), Wav2vecCriterion(None, infonce=True, loss_weights=weights)
-    else:
-        model = W2V2LightModel(OmegaConf.merge(subject.model, {"operating_point_seed": 1}))
-        criterion = LightContrastive(None, loss_weights=weights, collapse_perplexity=0.0)
-    options = {key: value for key, value in settings.optimizer.items() if key != "_name"}
-    config = OmegaConf.merge(FairseqAdamConfig(), {**options, "tpu": False, "lr": settings.optimization.lr})
-    name = "stock fairseq" if stock else "ours"
-    return Side(name, model.train(), criterion, FairseqAdam(config, list(model.parameters())))
-
-
-def clip_norm(recipe: str) -> float:
-    return float(load_recipe(recipe).optimization.get("clip_norm", 0.0))
-
-
-def update(side: Side, sample: Dict[str, Any], clip: float, clock=time.perf_counter) -> Dict[str, float]:
-    """One update as fairseq's trainer makes it, of one batch; returns the seconds of its parts."""
-    times = [clock()]
-    loss, size, _ = side.criterion(side.model, sample)
-    times.append(clock())
-    side.optimizer.backward(loss)
-    times.append(clock())
-    side.optimizer.multiply_grads(1 / size)
-    side.optimizer.clip_grad_norm(clip)
-    side.optimizer.step()
-    side.optimizer.zero_grad()
-    times.append(clock())
-    return {part: end - start for part, start, end in zip(PARTS, times, times[1:])}
-
-
-def fixed_loss(side: Side, sample: Dict[str, Any]) -> float:
-    """The loss per masked frame without dropout, with every third span of ten frames masked, the same for all."""
-    inputs = dict(sample["net_input"])
-    side.model.eval()
-    with torch.no_grad():
-        rows, frames = side.model(**inputs, mask=False, features_only=True)["x"].shape[:2]
-        inputs["mask_indices"] = (torch.arange(frames) // 10 % 3 == 0).repeat(rows, 1)
-        torch.manual_seed(0)
-        loss, size, _ = side.criterion(side.model, {**sample, "net_input": inputs})
-    side.model.train()
-    return float(loss) / size
-
-
 def operations(side: Side, sample: Dict[str, Any], clip: float) -> str:
     """The operations of one update that take longest, as a table of torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -221,33 +130,10 @@ def compare_memory(args) -> None:
     reference = None
     for name, overrides in cases.items():
         overrides = (*overrides, "model.encoder_layerdrop=0.0")
-        with multiprocessing.get_context("fork").Pool(1) as pool:
-            weights, peak = pool.apply(
-                peak_memory, (args.memory_recipe, overrides, args.memory_seconds, args.utterances, args.threads)
-            )
+        weights, peak = peak_memory(args.memory_recipe, overrides, args.memory_seconds, args.utterances, args.threads)
         reference = reference or peak
         counted = BYTES_OF_A_WEIGHT * weights / 2**20
         print(f"| {name} | {weights / 1e6:.2f} M | {counted:.0f} | {peak / 2**20:.0f} | {peak / reference:.2f} |")
-
-
-def peak_memory(recipe: str, overrides: Sequence[str], seconds: float, utterances: int, threads: int):
-    """(weights, bytes that the model and two updates of it add to this process at their peak)."""
-    torch.set_num_threads(threads)
-    sample = batch(recipe, seconds, utterances)
-    before = resident("VmRSS")
-    side = build(recipe, overrides, stock=False)
-    for _ in range(2):
-        update(side, sample, clip_norm(recipe))
-    return sum(parameter.numel() for parameter in side.model.parameters()), resident("VmHWM") - before
-
-
-def resident(key: str) -> int:
-    """Bytes of memory of this process: now (VmRSS), or at their peak (VmHWM)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(rf"^{key}:\s*(\d+) kB", status.read_text(), re.MULTILINE).group(1)) * 2**10
-    # macOS has no /proc, and says the peak in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 from typing import List, Sequence, Tuple
 
 import torch
@@ -126,5 +127,29 @@ def contenders_of(source: str, overrides: Tuple[str, ...], args, name: str) -> L
 
 
 def run_training(args, models, settings) -> int:
-    """Times updates of training; prints a table a setting."""
-    raise NotImplementedError
+    """Times updates of training; prints a table a recipe and setting."""
+    from ..study.training import compare_updates, format_updates
+
+    refused = {"--dtypes": args.dtypes != ["float32"], "--operating-points": args.operating_points != [""]}
+    refused.update({"--device": args.device != "cpu", "--against": args.against != ["none"]})
+    refused["--compile"] = args.compile
+    if any(refused.values()):
+        options = ", ".join(option for option, given in refused.items() if given)
+        raise ValueError(
+            f"--training: updates are compared with stock fairseq's, on the CPU in fp32; leave out {options}"
+        )
+    updates = args.updates if args.updates is not None else 1 if args.smoke else 5
+    found, tables = machine(), []
+    if not args.json:
+        print(format_machine(found))
+    for (source, overrides), setting in itertools.product(models, settings):
+        numbers = setting.seconds, setting.batch_size, setting.threads
+        rows = compare_updates(source, overrides, *numbers, updates, memory=not args.no_memory)
+        entry = {"recipe": source, "overrides": overrides, "setting": asdict(setting)}
+        tables.append({**entry, "rows": [asdict(row) for row in rows]})
+        if not args.json:
+            name, (seconds, size, threads) = " ".join((source, *overrides)), numbers
+            print(f"\n{name}: {size} x {seconds:g} s, {threads} threads, {updates} updates\n\n{format_updates(rows)}")
+    if args.json:
+        print(json.dumps({"machine": found, "updates": updates, "tables": tables}, indent=2))
+    return 0

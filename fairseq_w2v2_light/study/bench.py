@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
-import gc
-import multiprocessing
 import platform
 import re
 import statistics
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -31,6 +27,7 @@ from ..runtime.prepare import prepare_
 from ..runtime.quantized import INT8, best_method
 from ..runtime.timings import percentile
 from .peers import PEERS
+from .resident import added_memory, in_own_process
 from .speed import in_turns
 
 # the labels of a model with random weights: LibriSpeech's letters
@@ -140,7 +137,7 @@ def load_model(source: str, overrides: Sequence[str] = ()) -> CtcModel:
 
 
 def operating_points(source: str, overrides: Sequence[str], points: Sequence[str]) -> List[str]:
-    """`points` in text form, or every one of the model for ["all"]; raises ValueError for one it was not trained for."""
+    """`points`, or for ["all"] every one of the model; raises ValueError for one that it was not trained for."""
     trained = load_model(source, overrides).config.operating_points
     if list(points) == ["all"]:
         return [str(point) for point in trained.points()]
@@ -224,13 +221,13 @@ def compare(
     calls = {contender: functools.partial(run, inputs[contender]) for contender, run in runs.items()}
     with torch.inference_mode():
         products = _products({contender.dtype for contender in runs}, setting)
-        timed = {name: _timer(call, setting, clock) for name, call in {**products, **calls}.items()}
+        timed = {name: timer(call, clock) for name, call in {**products, **calls}.items()}
         seconds = in_turns(timed, repeats)
         logits = {contender: call().float().cpu() for contender, call in calls.items()}
         peaks: Dict[str, float] = {}
         for dtype, edge in products:
             peaks[dtype] = max(peaks.get(dtype, 0.0), 2 * edge**3 / min(seconds[dtype, edge]))
-        added = {contender: None for contender in runs}
+        added: Dict[Contender, Optional[int]] = dict.fromkeys(runs)
         if memory and setting.device != "cpu":
             added = {contender: _peak_on_gpu(call) for contender, call in calls.items()}
     macs = {}
@@ -292,16 +289,15 @@ def _wave(model: CtcModel, setting: Setting) -> Tensor:
     return torch.randn(setting.batch_size, _samples(model, setting), generator=generator).to(setting.device)
 
 
-def _timer(call: Callable[[], Any], setting: Setting, clock: Callable[[], float]) -> Callable[[], float]:
-    """A function that makes a call and returns the seconds that it took."""
+def timer(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """A function that makes a call, on whichever device, and returns the seconds that it took."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
 
     def timed() -> float:
-        if setting.device != "cpu":
-            torch.cuda.synchronize()
+        wait()
         start = clock()
         call()
-        if setting.device != "cpu":
-            torch.cuda.synchronize()
+        wait()
         return clock() - start
 
     return timed
@@ -353,36 +349,16 @@ def peak_memory(contender: Contender, setting: Setting) -> Optional[int]:
 
     On the CPU, in a process of its own. None where the system does not say (anything but Linux).
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_of_calls, contender, setting).result()
+    return in_own_process(_peak_of_calls, contender, setting)
 
 
 def _peak_of_calls(contender: Contender, setting: Setting) -> Optional[int]:
     torch.set_num_threads(setting.threads)
-    run = build(contender, setting)
-    wave = _wave(load_model(contender.source, contender.overrides), setting)
+    model = load_model(contender.source, contender.overrides)
+    run, wave = build(contender, setting, model), _wave(model, setting)
     with torch.inference_mode():
         run(wave[:, : max(1, round(wave.size(1) * min(1.0, _WARM_UP / setting.seconds)))])
         return added_memory(lambda: [run(wave) for _ in range(2)])
-
-
-def added_memory(work: Callable[[], Any]) -> Optional[int]:
-    """Bytes that `work` adds at most to the resident memory of this process; None where the system does not say."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        # memory that was freed before and not given back would be used again, unseen
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _kilobytes(status, "VmRSS")
-        reset.write_text("5")  # the peak begins anew
-    except (OSError, AttributeError):
-        return None
-    work()
-    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
-
-
-def _kilobytes(status: Path, key: str) -> int:
-    return int(re.search(rf"^{key}:\s*(\d+) kB", status.read_text(), re.MULTILINE).group(1))
 
 
 # ---- what is printed
