@@ -94,7 +94,6 @@ class Row:
     """
 
     contender: Contender
-    setting: Setting
     median: float
     least: float
     p90: float
@@ -201,61 +200,41 @@ def compare(
     """
     _check(setting, repeats)
     torch.set_num_threads(setting.threads)
-    models: Dict[Tuple[str, Tuple[str, ...]], CtcModel] = {}
-    runs: Dict[Contender, Callable[[Tensor], Tensor]] = {}
-    left_out: Dict[str, str] = {}
-    for contender in contenders:
-        source = contender.source, contender.overrides
-        if source not in models:
-            models[source] = load_model(*source)
-        try:
-            runs[contender] = build(contender, setting, models[source])
-        except ValueError as error:
-            if contender.implementation not in PEERS:
-                raise
-            left_out[contender.name] = str(error)
+    runs, left_out = _build_all(contenders, setting)
     if not runs:
         raise ValueError(f"nothing to run: {'; '.join(left_out.values()) or 'no contenders'}")
-    waves = {source: _wave(model, setting) for source, model in models.items()}
-    inputs = {contender: waves[contender.source, contender.overrides] for contender in runs}
-    calls = {contender: functools.partial(run, inputs[contender]) for contender, run in runs.items()}
     with torch.inference_mode():
         products = _products({contender.dtype for contender in runs}, setting)
-        timed = {name: timer(call, clock) for name, call in {**products, **calls}.items()}
-        seconds = in_turns(timed, repeats)
-        logits = {contender: call().float().cpu() for contender, call in calls.items()}
-        peaks: Dict[str, float] = {}
-        for dtype, edge in products:
-            peaks[dtype] = max(peaks.get(dtype, 0.0), 2 * edge**3 / min(seconds[dtype, edge]))
+        calls = {**products, **{contender: run.call for contender, run in runs.items()}}
+        seconds = in_turns({name: timer(call, clock) for name, call in calls.items()}, repeats)
+        logits = {contender: run.call().float().cpu() for contender, run in runs.items()}
         added: Dict[Contender, Optional[int]] = dict.fromkeys(runs)
         if memory and setting.device != "cpu":
-            added = {contender: _peak_on_gpu(call) for contender, call in calls.items()}
-    macs = {}
-    for contender in runs:
-        model = models[contender.source, contender.overrides]
-        point = OperatingPoint.parse(contender.point) if contender.point else model.point
-        counted = count_macs(model.config, _samples(model, setting), point, len(model.symbols))
-        macs[contender] = setting.batch_size * sum(counted.values())
-    # before other processes need memory
-    models.clear(), runs.clear(), calls.clear(), timed.clear()
+            added = {contender: _peak_on_gpu(run.call) for contender, run in runs.items()}
+    peaks: Dict[str, float] = {}
+    for dtype, edge in products:
+        peaks[dtype] = max(peaks.get(dtype, 0.0), 2 * edge**3 / min(seconds[dtype, edge]))
+    macs = {contender: run.macs for contender, run in runs.items()}
     if memory and setting.device == "cpu":
+        # other processes need memory now
+        for holder in (runs, calls, products):
+            holder.clear()
         added = {contender: peak_memory(contender, setting) for contender in added}
     first, references, rows = next(iter(added)), {}, []
     audio = setting.seconds * setting.batch_size
-    for contender in added:
+    for contender, peak_bytes in added.items():
         median = statistics.median(seconds[contender])
         reference = logits[references.setdefault(contender.computes, contender)]
         flops = 2 * macs[contender] / median
         rows.append(
             Row(
                 contender=contender,
-                setting=setting,
                 median=median,
                 least=min(seconds[contender]),
                 p90=percentile(seconds[contender], 90),
                 real_time_factor=median / audio,
                 throughput=audio / median,
-                peak_bytes=added[contender],
+                peak_bytes=peak_bytes,
                 macs=macs[contender],
                 gflops=flops / 1e9,
                 peak_fraction=flops / (max(peaks.values()) if contender.dtype == INT8 else peaks[contender.dtype]),
@@ -265,6 +244,38 @@ def compare(
             )
         )
     return Table(setting, rows, peaks, left_out)
+
+
+class _Run(NamedTuple):
+    """A contender that is ready: a call that computes its logits, and the MACs of that."""
+
+    call: Callable[[], Tensor]
+    macs: int
+
+
+def _build_all(contenders: Sequence[Contender], setting: Setting) -> Tuple[Dict[Contender, _Run], Dict[str, str]]:
+    """All contenders that can run, and the reasons of the others; a model is loaded once."""
+    models: Dict[Tuple[str, Tuple[str, ...]], CtcModel] = {}
+    runs: Dict[Contender, _Run] = {}
+    left_out: Dict[str, str] = {}
+    for contender in contenders:
+        source = contender.source, contender.overrides
+        if source not in models:
+            models[source] = load_model(*source)
+        model = models[source]
+        point = OperatingPoint.parse(contender.point) if contender.point else model.point
+        macs = setting.batch_size * sum(
+            count_macs(model.config, _samples(model, setting), point, len(model.symbols)).values()
+        )
+        try:
+            run = build(contender, setting, model)
+        except ValueError as error:
+            if contender.implementation not in PEERS:
+                raise
+            left_out[contender.name] = str(error)
+        else:
+            runs[contender] = _Run(functools.partial(run, _wave(model, setting)), macs)
+    return runs, left_out
 
 
 def _check(setting: Setting, repeats: int) -> None:
@@ -429,6 +440,6 @@ def as_json(table: Table) -> Dict[str, Any]:
     return {
         "setting": asdict(table.setting),
         "peaks": table.peaks,
-        "rows": [{key: value for key, value in asdict(row).items() if key != "setting"} for row in table.rows],
+        "rows": [asdict(row) for row in table.rows],
         "left_out": table.left_out,
     }

@@ -149,7 +149,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how 
 @LINUX
 def test_added_memory_is_what_the_work_allocates():
     added = added_memory(lambda: torch.ones(2**23))
-    assert 2**25 <= added < 2**25 + 2**23
+    # Linux counts pages in batches
+    assert 0.9 * 2**25 < added < 1.2 * 2**25
     assert added_memory(lambda: None) < 2**23
 
 
