@@ -14,6 +14,7 @@ from ..study.bench import (
     Contender,
     Setting,
     as_json,
+    check,
     compare,
     format_machine,
     format_table,
@@ -67,6 +68,9 @@ def run(args) -> int:
             args.threads or [torch.get_num_threads()], args.seconds or [1.0 if args.smoke else 10.0], args.batch_sizes
         )
     ]
+    repeats = args.repeats if args.repeats is not None else 1 if args.smoke else 9
+    for setting in settings:
+        check(setting, repeats)
     if args.training:
         return run_training(args, models, settings)
     if args.updates is not None:
@@ -76,7 +80,6 @@ def run(args) -> int:
         for source, overrides in models
         for contender in contenders_of(source, overrides, args, " ".join((source, *overrides)) if models[1:] else "")
     ]
-    repeats = args.repeats if args.repeats is not None else 1 if args.smoke else 9
     found = machine(args.device)
     if not args.json:
         print(format_machine(found))

@@ -194,11 +194,11 @@ def compare(
 ) -> Table:
     """Times all contenders in a setting, in turns with products of matrices, and then their memory one by one.
 
-    A contender of others that cannot be built is left out. memory: False leaves the peaks of memory out; on a CPU each
-    needs a process of its own. Raises ValueError for a setting that is none, and for a contender of ours that cannot be
-    run.
+    A contender of others, or compiled, that cannot be built is left out. memory: False leaves the peaks of memory out;
+    on a CPU each needs a process of its own. Raises ValueError for a setting that is none, and for a contender of ours
+    that cannot be run.
     """
-    _check(setting, repeats)
+    check(setting, repeats)
     torch.set_num_threads(setting.threads)
     runs, left_out = _build_all(contenders, setting)
     if not runs:
@@ -268,17 +268,30 @@ def _build_all(contenders: Sequence[Contender], setting: Setting) -> Tuple[Dict[
             count_macs(model.config, _samples(model, setting), point, len(model.symbols)).values()
         )
         try:
-            run = build(contender, setting, model)
+            call = functools.partial(build(contender, setting, model), _wave(model, setting))
+            if contender.compiled:
+                _require_compilable(call)
         except ValueError as error:
-            if contender.implementation not in PEERS:
+            if contender.implementation not in PEERS and not contender.compiled:
                 raise
             left_out[contender.name] = str(error)
         else:
-            runs[contender] = _Run(functools.partial(run, _wave(model, setting)), macs)
+            runs[contender] = _Run(call, macs)
     return runs, left_out
 
 
-def _check(setting: Setting, repeats: int) -> None:
+def _require_compilable(call: Callable[[], Tensor]) -> None:
+    """Raises ValueError with the reason where torch.compile, which works in the first call, does not."""
+    try:
+        with torch.inference_mode():
+            call()
+    except Exception as error:  # it raises all kinds, for lack of a C++ compiler too
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"torch.compile fails here: {reason}") from error
+
+
+def check(setting: Setting, repeats: int = 1) -> None:
+    """Raises ValueError for a setting that is none, or not here, and for no repeats."""
     for what, found in (("seconds", setting.seconds), ("batch size", setting.batch_size), ("repeats", repeats)):
         if not found > 0:
             raise ValueError(f"{what}: found {found:g}, expected more than 0")

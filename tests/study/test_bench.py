@@ -87,12 +87,19 @@ def test_models_that_stay_in_the_dtype_that_they_were_given(checkpoint):
         bench.build(Contender("int8", checkpoint, (), LOADED, "int8"), SETTING)
 
 
+def no_compiler(wave):
+    raise RuntimeError("no C++ compiler\nset CXX")
+
+
 def test_a_compiled_model_is_torch_compiles(checkpoint, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     rows = [Contender("ours", checkpoint), Contender("compiled", checkpoint, compiled=True)]
     table = compare(rows, SETTING, 1, counting_clock(), memory=False)
     assert len(compiled) == 1 and table.rows[1].difference == 0
+    monkeypatch.setattr(torch, "compile", lambda module: no_compiler)
+    table = compare(rows, SETTING, 1, counting_clock(), memory=False)
+    assert table.left_out == {"compiled": "torch.compile fails here: no C++ compiler"} and len(table.rows) == 1
 
 
 def test_a_recipe_has_the_same_random_weights_in_every_call():
