@@ -99,7 +99,7 @@ def fixed_loss(side: Side, sample: Dict[str, Any]) -> float:
         torch.manual_seed(0)
         loss, size, _ = side.criterion(side.model, {**sample, "net_input": inputs})
     side.model.train()
-    return float(loss) / size
+    return float(loss) / float(size)
 
 
 def peak_memory(
