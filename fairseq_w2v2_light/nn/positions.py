@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exporting import is_exporting
 from .gating import gated
 from .precision import convolve
 
@@ -47,6 +48,8 @@ class WeightNormConv1d(nn.Module):
 
     def weight(self) -> Tensor:
         """The normalised kernel (channel, channel / groups, kernel)."""
+        if self.weight_v.requires_grad and not is_exporting():  # what weight_norm calls: a quarter of the time on CPUs
+            return torch._weight_norm(self.weight_v, self.weight_g, 2)
         return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
     def forward(
