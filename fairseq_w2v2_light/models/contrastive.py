@@ -65,7 +65,7 @@ class GumbelQuantizer(GumbelVectorQuantizer):
         probabilities = torch.softmax(scores.view(batch * time, self.groups, -1).float(), dim=-1)
         chosen = hard
         if self.training:
-            chosen = F.gumbel_softmax(scores.float(), tau=self.curr_temp, hard=self.hard).type_as(scores)
+            chosen = F.gumbel_softmax(scores.float(), tau=self.curr_temp, hard=True).type_as(scores)
         codebooks = self.vars.view(-1, self.num_vars, self.vars.size(-1)).expand(self.groups, -1, -1)
         codes = torch.einsum("ngv,gvd->ngd", chosen.view(batch * time, self.groups, -1), codebooks)
         result = {

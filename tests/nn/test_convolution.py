@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_w2v2_light.nn.convolution import convolve_by_products, trains_on_cpu
+from fairseq_w2v2_light.nn.convolution import convolve_by_products, convolve_groups, trains_on_cpu
 from fairseq_w2v2_light.nn.frontend import Frontend, TimeGroupNorm
+from fairseq_w2v2_light.nn.positions import WeightNormConv1d
 
 SHAPES = [
     # batch, in channels, channels, kernel, stride, time
@@ -20,6 +21,8 @@ SHAPES = [
     (2, 2, 2, 2, 3, 10),
     (2, 3, 3, 4, 3, 4),
 ]
+# batch, in channels, channels, kernel, groups, time
+GROUPED = [(2, 6, 4, 5, 2, 9), (1, 4, 4, 4, 4, 4), (3, 2, 6, 3, 1, 7), (2, 6, 6, 1, 3, 5)]
 
 
 def inputs(batch, in_channels, channels, kernel, stride, time, bias=True, channels_last=False):
@@ -46,6 +49,39 @@ def test_value_and_gradients_are_those_of_conv1d(shape, bias, channels_last):
     for one, other in zip(*gradients):
         assert torch.allclose(one, other, atol=1e-11)
     assert torch.autograd.gradcheck(lambda *_: convolve_by_products(x, weight, given, stride), tensors)
+
+
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 4, 5, 2, 9), (1, 4, 4, 4, 4, 4), (3, 2, 6, 3, 1, 7), (2, 6, 6, 1, 3, 5)], ids=str
+)
+def test_groups(shape, bias):
+    batch, in_channels, channels, kernel, groups, time = shape
+    x, weight, given = inputs(batch, in_channels, channels, kernel, 1, time, bias)
+    weight = weight.detach()[:, : in_channels // groups].clone().requires_grad_()
+    tensors = [tensor for tensor in (x, weight, given) if tensor is not None]
+    expected, found = F.conv1d(x, weight, given, groups=groups), convolve_groups(x, weight, given, groups)
+    assert torch.equal(found, expected)
+    gradients = (torch.autograd.grad(y.sin().sum(), tensors) for y in (found, expected))
+    for one, other in zip(*gradients):
+        assert one.shape == other.shape and torch.allclose(one, other, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *_: convolve_groups(x, weight, given, groups), tensors)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"group_dims": [3, 4, 2]}), ids=str)
+def test_positions_train_on_what_they_infer(dtype, options):
+    torch.manual_seed(0)
+    channels, groups = (9, 3) if "group_dims" in options else (12, 3)
+    conv = WeightNormConv1d(channels, 6, groups, **options).to(dtype)
+    x = torch.randn(2, channels, 17).to(dtype).requires_grad_()
+    for stride in (1, 2):
+        found = conv(x, stride)
+        with torch.no_grad():
+            expected = conv(x, stride)
+        assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 0.05)
+        found.float().square().sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in [x, *conv.parameters()])
 
 
 def test_only_gradients_that_are_asked_for():
