@@ -74,10 +74,17 @@ class _Products(torch.autograd.Function):
         parts = list(_parts(weight, stride))
         x_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = torch.zeros_like(x)
+            # what the first taps hear is written, not added to
+            written = frames * stride if weight.size(2) >= stride else 0
+            x_gradient = torch.empty_like(x)
+            x_gradient[:, written:] = 0
             for wave, given in zip(x_gradient, gradient):
                 for tap, part in parts:
-                    _heard(wave, tap, part.size(1), stride, frames).addmm_(given, part)
+                    heard = _heard(wave, tap, part.size(1), stride, frames)
+                    if written and tap == 0:
+                        torch.mm(given, part, out=heard)
+                    else:
+                        heard.addmm_(given, part)
         if ctx.needs_input_grad[1]:
             sums = [torch.zeros_like(part) for _, part in parts]
             for wave, given in zip(x, gradient):
