@@ -18,7 +18,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)`, both of which can be pickled, computed by a new process.
 
-    Raises what the function raises, and ChildProcessError when the process is killed. A script that calls this needs
+    Raises what the function raises, and ChildProcessError when the process ends early. A script that calls this needs
     `if __name__ == "__main__"`: the new process imports it.
     """
     # not forked: a pool of threads that is in use does not survive that
@@ -26,7 +26,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise ChildProcessError("a process that measured memory was killed, probably for lack of it") from error
+            raise ChildProcessError("a process that measured memory ended early: see its messages, or it was killed for lack of memory") from error
 
 
 def added_memory(work: Callable[[], Any]) -> Optional[int]:
