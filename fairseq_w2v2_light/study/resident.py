@@ -26,7 +26,9 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise ChildProcessError("a process that measured memory ended early: see its messages, or it was killed for lack of memory") from error
+            raise ChildProcessError(
+                "a process that measured memory ended early: see its messages, or it was killed for lack of memory"
+            ) from error
 
 
 def added_memory(work: Callable[[], Any]) -> Optional[int]:
