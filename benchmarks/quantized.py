@@ -10,26 +10,26 @@ the fastest runs. Exits with 1 when a limit is missed: int8 in 340 MiB, int8 and
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Optional
 
 import torch
-from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
-from torch import nn
 
 from fairseq_w2v2_light.nn.config import encoder_config_from
+from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.folder import WEIGHTS, read_folder, write_folder
 from fairseq_w2v2_light.runtime.half import multiplies_bfloat16, multiplies_tiles
-from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS, CtcModel
 from fairseq_w2v2_light.runtime.prepare import prepare_
-from fairseq_w2v2_light.runtime.quantized import best_method, quantize_
+from fairseq_w2v2_light.runtime.quantized import quantize_
+from fairseq_w2v2_light.study.bench import SYMBOLS, format_machine, machine, timer
 from fairseq_w2v2_light.study.cost import load_subject
+from fairseq_w2v2_light.study.peers import stock_fairseq
+from fairseq_w2v2_light.study.speed import in_turns
 
-SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 INTEGERS = "int8, 8-bit activations"
 SPEEDUP, LARGEST_MIB = 1.8, 340
 SMOKE = dict(recipe="pretraining/w2v2_light_tiny", seconds=1.0, repeats=2)
@@ -52,14 +52,10 @@ def main() -> int:
     keys = recipe_keys(args.recipe, args.layers)
     model = CtcModel(encoder_config_from(keys), SYMBOLS).eval().requires_grad_(False)
     parameters = sum(value.numel() for value in model.state_dict().values())
-    print(
-        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; {args.recipe}"
-    )
-    print(f"without sharing: {parameters:,} parameters; {args.seconds:g} s of audio, {args.repeats} runs each in turn")
-    native = "AMX" if multiplies_tiles() else "native" if multiplies_bfloat16() else "not on this CPU"
-    print(f"8-bit activations: {best_method().name}; bfloat16: {native}\n")
+    print(f"{format_machine(machine())}; {args.threads} threads; {args.recipe} without sharing:")
+    print(f"{parameters:,} parameters; {args.seconds:g} s of audio, {args.repeats} runs each in turn\n")
 
-    runs = {"fairseq float32": stock(keys, model)}
+    runs = {"fairseq float32": stock_fairseq(model)}
     sizes = {"fairseq float32": 4 * parameters / 2**20}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "bfloat16", "int8"):
@@ -76,7 +72,7 @@ def main() -> int:
     wave = torch.randn(1, round(args.seconds * 16000))
     with torch.inference_mode():
         logits = {name: run(wave) for name, run in runs.items()}
-        seconds = interleave(runs, wave, args.repeats)
+        seconds = in_turns({name: timer(functools.partial(run, wave)) for name, run in runs.items()}, args.repeats)
     return show(seconds, sizes, logits, limits=not args.smoke)
 
 
@@ -89,36 +85,11 @@ def recipe_keys(recipe: str, layers: int) -> dict:
     return load_subject(recipe, [f"model.{change}" for change in changes]).model
 
 
-def stock(keys, model: CtcModel):
-    """fairseq's own model with the weights of ours, as a function from waveform to logits."""
-    own = {key: keys[key] for key in Wav2Vec2Config.__dataclass_fields__ if key in keys}
-    theirs = Wav2Vec2Model(Wav2Vec2Config(**own))
-    theirs.remove_pretraining_modules()
-    missing, unexpected = theirs.load_state_dict(model.backbone.state_dict(), strict=False)
-    if unexpected or set(missing) - {"mask_emb"}:
-        raise ValueError(f"fairseq's model lacks {unexpected} and has {missing} besides")
-    theirs.eval()
-    head = nn.Linear(model.head.in_features, model.head.out_features)
-    head.load_state_dict(model.head.state_dict())
-    return lambda wave: head(theirs(wave, mask=False, features_only=True)["x"])
-
-
 def ours(folder: Path, rows: int, integers: Optional[bool] = None):
     """The model in a folder, as a function from waveform to logits."""
     model = read_folder(folder)
     prepare_(model, rows=rows, integers=integers)
     return lambda wave: model(wave)[0]
-
-
-def interleave(runs, wave, repeats: int):
-    """Seconds of each run of each function; they take turns, so that noise is shared."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(wave)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def show(seconds, sizes, logits, limits: bool) -> int:

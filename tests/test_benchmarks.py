@@ -84,3 +84,13 @@ def test_budget_compares_what_it_took_with_the_budget():
     assert measured["point"].startswith("s") and float(measured["budget"]) > 0
     assert float(measured["expected"].split()[0]) <= 1
     assert all(float(measured[name].split()[0]) > 0 for name in ("recordings took", "point measured again"))
+
+
+def test_training_compares_the_same_update_and_the_memory_of_shared_layers():
+    rows = smoke("training.py")
+    measured = {row[0]: row[1:] for row in rows}
+    assert float(measured["ours"][-1]) < 1e-5 and float(measured["ours"][-2]) > 0
+    assert all(float(cell) > 0 for cell in measured["stock fairseq"][:-1])
+    unshared, shared = measured["unshared"], measured["shared, a map in every layer"]
+    assert float(unshared[0].split()[0]) > 10 * float(shared[0].split()[0])
+    assert 0 < float(shared[2]) < float(unshared[2]) and float(shared[1]) < 0.1 * float(unshared[1])

@@ -160,6 +160,7 @@ DOORS = {
     "cost": verb("cost", "{CHECKPOINT}"),
     "cost --latency": verb("cost", "{CHECKPOINT}", "--latency"),
     "stability": verb("stability", "{CHECKPOINT}"),
+    "bench": verb("bench", "{CHECKPOINT}"),
     "convert": verb("convert", "{CHECKPOINT}", "{OUT}"),
     "student": verb("student", "{CHECKPOINT}", "{OUT}", "--layers", "first:1"),
     "prune": verb("prune", "{CHECKPOINT}", "{OUT}"),

@@ -30,6 +30,7 @@ VERBS = {
     "denominator": ("denominator", "build the n-gram graph that LF-MMI needs from training transcripts"),
     "cost": ("cost", "count parameters, multiply-accumulates, bytes and memory of a recipe or a model"),
     "stability": ("stability", "compare what layers make of their input, and the layers with each other"),
+    "bench": ("bench", "time models on this machine, beside other implementations with the same weights"),
     "export": ("export", "write a fine-tuned checkpoint as a model folder, which needs no fairseq"),
     "quantize": ("quantize", "write a fine-tuned model as a model folder with int8 weights: smaller and faster"),
     "transcribe": ("transcribe", "turn recordings into text, JSON, subtitles or CTM, in batches"),
@@ -46,8 +47,8 @@ VERBS = {
 
 # those that read checkpoints, and take --trust-checkpoint
 CHECKPOINT_VERBS = (
-    *("convert", "student", "prune", "cost", "export", "stream", "infer"),
-    *("transcribe", "evaluate", "tradeoff", "quantize", "tune-lm", "stability"),
+    *("convert", "student", "prune", "cost", "stability", "bench", "tradeoff", "export", "stream", "infer"),
+    *("transcribe", "evaluate", "quantize", "tune-lm"),
 )
 
 EXIT_USAGE = 2

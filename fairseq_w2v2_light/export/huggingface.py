@@ -109,6 +109,7 @@ def lacking(config: EncoderConfig, point: OperatingPoint, family: str) -> List[s
     groups = set(config.conv_pos_group_dims)
     refuse(len(groups) > 1, "the groups of its positional convolution have unequal widths")
     refuse(config.activation not in ACTIVATIONS, f"activation '{config.activation}' is none of theirs")
+    refuse(family == "wav2vec2" and point.squeeze > 1, f"operating point {point} squeezes")
     if family == "sew":
         refuse(config.norm_first, "SEW has post-LN layers only (layer_norm_first=false)")
         refuse(

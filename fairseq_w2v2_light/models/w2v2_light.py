@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from fairseq.models import register_model
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
-from fairseq.modules import GradMultiply, GumbelVectorQuantizer
+from fairseq.modules import GradMultiply
 from omegaconf import II, OmegaConf
 from torch import nn
 
@@ -18,6 +18,7 @@ from ..nn.heads import ProjectionMLP
 from ..nn.masks import FrameMask
 from ..nn.operating_point import OperatingPoint
 from .checkpoint import EncoderCheckpoint, require_finite_weights
+from .contrastive import GumbelQuantizer, contrastive_logits
 from .masking import span_mask, training_randomness
 
 logger = logging.getLogger(__name__)
@@ -274,7 +275,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         self.quantizer = self.input_quantizer = self.target_glu = None
         if cfg.quantize_targets:
             target_dim = cfg.latent_dim if cfg.latent_dim > 0 else final_dim
-            self.quantizer = GumbelVectorQuantizer(
+            self.quantizer = GumbelQuantizer(
                 dim=self.embed,
                 num_vars=cfg.latent_vars,
                 temp=cfg.latent_temp,
@@ -367,11 +368,11 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
                 "operating_point": str(point),
             }
 
-        targets, negatives, codes = self._targets(unmasked, mask_indices, padding_count)
+        candidates, codes = self._candidates(unmasked, mask_indices, padding_count)
         if mask_indices is not None:
             x = x[mask_indices].view(x.size(0), -1, x.size(-1))
         return {
-            "x": self.compute_preds(self.final_proj(x), targets, negatives),
+            "x": contrastive_logits(self.final_proj(x), *candidates),
             "padding_mask": padding,
             "features_pen": features_pen,
             "operating_point": str(point),
@@ -460,13 +461,13 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             return frames, frame_mask
         return frames[:, :time], None if frame_mask is None else FrameMask(frame_mask.valid[:, :time])
 
-    def _targets(self, unmasked, mask_indices, padding_count):
-        """Projected targets (batch, masked time, dim), negatives (n, batch, masked time, dim) and code statistics."""
+    def _candidates(self, unmasked, mask_indices, padding_count):
+        """What `contrastive_logits` compares predictions with, its arguments after them; and code statistics."""
 
         def select(frames):
             if mask_indices is None:
                 return frames
-            return frames[mask_indices].view(frames.size(0), -1, frames.size(-1))
+            return frames[mask_indices].view(frames.size(0), -1, *frames.shape[2:])
 
         codes = {}
         pool = unmasked if self.negatives_from_everywhere else select(unmasked)
@@ -475,16 +476,20 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             pool = quantized["x"]
             codes = {key: quantized[key] for key in ("prob_perplexity", "code_perplexity", "num_vars", "temp")}
         pool = self.project_q(pool)
-        targets = select(pool) if self.negatives_from_everywhere else pool
-        negatives, _ = self.sample_negatives(pool, targets.size(1), padding_count=padding_count)
+        rows = torch.arange(pool.size(0) * pool.size(1), device=pool.device).view(pool.shape[:2])
+        targets = select(rows) if self.negatives_from_everywhere else rows
+        # stock gathers the vectors, too: of one zero each, here
+        negatives = self.sample_negatives(pool.new_zeros(*rows.shape, 1), targets.size(1), padding_count)[1]
+        negatives = negatives.to(pool.device).view(*targets.shape, -1)
+        drawn = None
         if self.quantizer is not None and self.codebook_negatives > 0:
-            batch, time = targets.shape[:2]
+            batch, time = targets.shape
             drawn = self.quantizer.sample_from_codebook(batch * time, self.codebook_negatives)
             drawn = self.project_q(drawn.view(self.codebook_negatives * batch, time, -1))
-            negatives = torch.cat([negatives, drawn.view(-1, batch, time, drawn.size(-1))], dim=0)
+            drawn = drawn.view(-1, batch, time, drawn.size(-1))
         if self.target_glu is not None:
-            targets, negatives = self.target_glu(targets), self.target_glu(negatives)
-        return targets, negatives, codes
+            pool, drawn = self.target_glu(pool), None if drawn is None else self.target_glu(drawn)
+        return (pool.flatten(0, 1), targets, negatives, self.logit_temp, drawn), codes
 
     def _keep_idle_parameters(self, x):
         """Adds zero times every parameter that this call may not use, so that DDP sees a gradient for each."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import convolve_by_products, trains_on_cpu
 from .exporting import is_exporting
 from .gating import gated
 from .norms import LayerNorm, wide_layer_norm
@@ -72,11 +73,38 @@ class TimeGroupNorm(nn.GroupNorm):
         y = centred * (variance + self.eps).rsqrt() * weight[:, None] + bias[:, None]
         return y.type_as(x)
 
+    def of_convolution(
+        self, conv: nn.Conv1d, wave: Tensor, lengths: Optional[Tensor] = None, gate: Optional[Tensor] = None
+    ) -> Tensor:
+        """`forward` of `conv` of `wave` (batch, 1, samples), in one product: (batch, channel, time).
+
+        A channel's variance over time follows from the covariance C of the samples that its kernel w hears: it is
+        w C w'. So the norm goes into the weights, and neither it nor its gradient ever reads what the convolution alone
+        would have made, the largest tensor of the network. A bias, which the norm takes away, may not be there.
+        """
+        heard = wave.squeeze(1).unfold(-1, conv.kernel_size[0], conv.stride[0]).double()
+        valid = torch.ones_like(heard[..., :1])
+        if lengths is not None:
+            valid[torch.arange(heard.size(1), device=heard.device) >= lengths.unsqueeze(1)] = 0
+        count = valid.sum(1, keepdim=True)
+        centred = (heard - (heard * valid).sum(1, keepdim=True) / count) * valid
+        covariance = centred.transpose(1, 2) @ centred / count
+        kernel = conv.weight.squeeze(1).double()
+        variance = (kernel @ covariance * kernel).sum(-1)
+        scale = gated(self.weight.double(), gate) * (variance + self.eps).rsqrt()
+        bias = gated(self.bias.double(), gate).expand(len(wave), 1, -1)
+        # the bias as a tap that hears ones, so that it takes no pass of its own over the result
+        taps = torch.cat([(kernel * scale.unsqueeze(-1)).transpose(1, 2), bias], dim=1)
+        heard = torch.cat([centred, torch.ones_like(valid)], dim=-1)
+        return (heard.to(wave.dtype) @ taps.to(wave.dtype)).transpose(1, 2)
+
 
 class PlainConv1d(nn.Conv1d):
-    """nn.Conv1d that a CPU computes right in bfloat16, too."""
+    """nn.Conv1d that a CPU computes right in bfloat16, and whose gradient it computes fast."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        if trains_on_cpu(x):
+            return convolve(lambda *inputs: convolve_by_products(*inputs, self.stride[0]), x, weight, bias)
         return convolve(super()._conv_forward, x, weight, bias)
 
 
@@ -84,8 +112,8 @@ class ChannelsLastConv1d(nn.Conv1d):
     """Conv1d whose output has the channels innermost in memory, where the LayerNorm that follows wants them.
 
     The same parameters and function as nn.Conv1d, (batch, in channel, time) -> (batch, channel, time). No copy on the
-    way when the input comes from another one: in a LayerNorm frontend half the time of conv1d and its transposes, a
-    third of it with the gradient (narrow layers). Inference on a CPU is one matrix product.
+    way when the input comes from another one: in a LayerNorm frontend half the time of conv1d and its transposes.
+    Inference on a CPU is one matrix product.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -94,6 +122,8 @@ class ChannelsLastConv1d(nn.Conv1d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         if self.in_channels == 1:
             return F.linear(x.squeeze(1).unfold(-1, kernel, stride), weight.squeeze(1), bias).transpose(1, 2)
+        if trains_on_cpu(x):
+            return convolve(lambda *inputs: convolve_by_products(*inputs, stride), x, weight, bias)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return F.linear(windows(x, kernel, stride), weight.transpose(1, 2).flatten(1), bias).transpose(1, 2)
         return convolve(self._convolve, x, weight, bias)
@@ -125,6 +155,8 @@ class ConvBlock(nn.Sequential):
         gate: (channel,), see Frontend.
         """
         conv, norm = self[0], self[2] if len(self) == 4 else None
+        if isinstance(norm, TimeGroupNorm) and conv.in_channels == 1 and conv.bias is None and trains_on_cpu(x):
+            return F.gelu(norm.of_convolution(conv, x, lengths, gate).transpose(1, 2)).transpose(1, 2)
         if gate is None or isinstance(norm, TimeGroupNorm):  # which would undo a factor in the weights
             x = conv(x)
         else:

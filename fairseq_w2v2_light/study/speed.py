@@ -87,11 +87,16 @@ def _transcriber(model: CtcModel, waves: List[Tensor], point: Optional[Operating
 
 
 def _interleaved(measure: Mapping[str, Callable[[], float]], repeats: int) -> Dict[str, float]:
-    """The median of each function's results, after one that does not count; in turns, so that noise is shared."""
-    for run in measure.values():
-        run()
-    measured = {name: [] for name in measure}
-    for _ in range(repeats):
+    """The median of each function's results, in turns."""
+    return {name: statistics.median(values) for name, values in in_turns(measure, repeats).items()}
+
+
+def in_turns(measure: Mapping[Any, Callable[[], float]], repeats: int) -> Dict[Any, List[float]]:
+    """Each function's `repeats` results, after one that does not count; in turns, so that noise is shared."""
+    measured: Dict[Any, List[float]] = {name: [] for name in measure}
+    for repeat in range(repeats + 1):
         for name, run in measure.items():
-            measured[name].append(run())
-    return {name: statistics.median(values) for name, values in measured.items()}
+            result = run()
+            if repeat:
+                measured[name].append(result)
+    return measured

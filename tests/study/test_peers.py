@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny_checkpoints import MODELS, SEW, STOCHASTIC, STREAMING, finetuned
+from tiny_checkpoints import MODELS, STOCHASTIC, STREAMING, finetuned
 
 from fairseq_w2v2_light.nn import OperatingPoint
 from fairseq_w2v2_light.runtime.load import load_ctc
@@ -58,8 +58,7 @@ def test_a_stochastic_model_runs_as_its_peers_at_points_that_they_have(tmp_path)
 
 @torch.no_grad()
 def test_sew_is_a_peer_of_hugging_face_but_not_of_fairseq(tmp_path):
-    sew = {**SEW, "squeeze_factors": [2], "query_pools": [1], "kv_pools": [1]}
-    sew.update(unsqueeze_residual=False, squeeze_tail="drop", conv_pos_groups=2)
+    sew = dict(squeeze_factors=[2], unsqueeze_residual=False, squeeze_tail="drop", conv_pos=7, projection_hidden_dim=24)
     model = tiny(tmp_path, name="stochastic_sew", **sew)
     with pytest.raises(ValueError, match="stock fairseq cannot express this model: .*squeeze"):
         stock_fairseq(model)
