@@ -13,7 +13,6 @@ not compared here. Exits with 1 when a limit of ours is missed.
 import argparse
 import statistics
 import sys
-import time
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
 import torch
@@ -21,14 +20,13 @@ from torch import Tensor
 
 from fairseq_w2v2_light.nn.counts import SAMPLE_RATE
 from fairseq_w2v2_light.nn.operating_point import OperatingPoint
-from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.half import multiplies_bfloat16
-from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS
 from fairseq_w2v2_light.runtime.prepare import prepare_
-from fairseq_w2v2_light.study.cost import cost, load_subject
+from fairseq_w2v2_light.study.bench import format_machine, load_model, machine, timer
+from fairseq_w2v2_light.study.cost import LETTERS, cost, load_subject
 from fairseq_w2v2_light.study.peers import stock_fairseq
+from fairseq_w2v2_light.study.speed import in_turns
 
-SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 LARGE, BASE = "pretraining/w2v2_light_large", "pretraining/w2v2_light_base"
 # how often a map is computed, of LARGE's 24 layers; the recipe says 2
 EVERY = (1, 2, 3, 4, 6, 8, 12, 24)
@@ -88,13 +86,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     wave = torch.randn(1, round(args.seconds * SAMPLE_RATE))
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {capability}, {args.threads} threads, {args.seconds:g} s, {args.repeats} turns")
+    print(f"{format_machine(machine())}; {args.threads} threads, {args.seconds:g} s, {args.repeats} turns")
     claims: List[Claim] = []
     for family in args.families:
         contenders, judge = FAMILIES[family](wave, SMOKE if args.smoke else {})
         with torch.inference_mode():
-            medians = interleave(contenders, args.repeats)
+            seconds = in_turns({one.name: timer(one.run) for one in contenders}, args.repeats)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
         first = contenders[0]
         print(f"\n{family}\n")
         print("| model | precision | parameters | fewer | GMACs | fewer | ms | times faster | / MAC ratio |")
@@ -119,7 +117,7 @@ def main() -> int:
 def large(wave: Tensor, changes: Dict[str, str]) -> Result:
     """LARGE, shared and distilled."""
     whole = {"unique_layers": "24", "attention_map_every": "1", **changes}
-    stock = stock_fairseq(build(LARGE, whole))
+    stock = stock_fairseq(load_model(LARGE, overrides(whole)))
     counted = counts(LARGE, whole, wave)
     contenders = [Contender("stock fairseq LARGE", "float32", *counted, lambda: stock(wave))]
     contenders.append(contender("everything off", LARGE, whole, wave))
@@ -156,11 +154,12 @@ def large(wave: Tensor, changes: Dict[str, str]) -> Result:
 
 def stochastic(wave: Tensor, changes: Dict[str, str]) -> Result:
     """BASE at operating points, against its least reduction."""
-    model = build(BASE, {"unique_layers": "12", **STOCHASTIC, **changes})
+    whole = {"unique_layers": "12", **STOCHASTIC, **changes}
+    model = load_model(BASE, overrides(whole))
     prepare_(model, "float32", rows=model.config.frames(wave.size(1)))
     contenders = []
     for text in POINTS:
-        counted = counts(BASE, {"unique_layers": "12", **STOCHASTIC, **changes}, wave, text)
+        counted = counts(BASE, whole, wave, text)
         point = OperatingPoint.parse(text)
         contenders.append(Contender(text, "float32", *counted, lambda point=point: model(wave, point=point)[0]))
 
@@ -198,38 +197,19 @@ FAMILIES = {"large": large, "stochastic": stochastic, "pruned": pruned}
 
 def contender(name: str, recipe: str, changes: Dict[str, str], wave: Tensor, dtype: str = "float32") -> Contender:
     """A recipe's model, prepared for this machine."""
-    model = build(recipe, changes)
+    model = load_model(recipe, overrides(changes))
     prepare_(model, dtype, rows=model.config.frames(wave.size(1)))
     return Contender(name, dtype, *counts(recipe, changes, wave), lambda: model(wave)[0])
 
 
-def build(recipe: str, changes: Dict[str, str]) -> CtcModel:
-    """The CTC model of a recipe, with random weights."""
-    torch.manual_seed(0)
-    network = load_subject(recipe, overrides(changes)).network
-    return CtcModel(network, SYMBOLS).eval().requires_grad_(False)
-
-
 def counts(recipe: str, changes: Dict[str, str], wave: Tensor, point: str = "") -> Tuple[int, int]:
     """Stored parameters of a recipe's model, and its MACs with a CTC head."""
-    counted = cost(load_subject(recipe, overrides(changes), len(SYMBOLS)), wave.size(1) / SAMPLE_RATE, point)
+    counted = cost(load_subject(recipe, overrides(changes), LETTERS), wave.size(1) / SAMPLE_RATE, point)
     return counted["parameters"], counted["macs"]
 
 
 def overrides(changes: Dict[str, str]) -> List[str]:
     return [f"model.{key}={value}" for key, value in changes.items()]
-
-
-def interleave(contenders: List[Contender], repeats: int) -> Dict[str, float]:
-    """The median seconds of each one's turns, after one that does not count."""
-    seconds: Dict[str, List[float]] = {one.name: [] for one in contenders}
-    for repeat in range(repeats + 1):
-        for one in contenders:
-            start = time.perf_counter()
-            one.run()
-            if repeat:
-                seconds[one.name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":
