@@ -15,14 +15,13 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Optional
 
 import torch
 
 from fairseq_w2v2_light.nn.config import encoder_config_from
 from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.folder import WEIGHTS, read_folder, write_folder
-from fairseq_w2v2_light.runtime.half import multiplies_bfloat16, multiplies_tiles
+from fairseq_w2v2_light.runtime.half import multiplies_bfloat16
 from fairseq_w2v2_light.runtime.prepare import prepare_
 from fairseq_w2v2_light.runtime.quantized import quantize_
 from fairseq_w2v2_light.study.bench import SYMBOLS, format_machine, machine, timer
@@ -30,7 +29,6 @@ from fairseq_w2v2_light.study.cost import load_subject
 from fairseq_w2v2_light.study.peers import stock_fairseq
 from fairseq_w2v2_light.study.speed import in_turns
 
-INTEGERS = "int8, 8-bit activations"
 SPEEDUP, LARGEST_MIB = 1.8, 340
 SMOKE = dict(recipe="pretraining/w2v2_light_tiny", seconds=1.0, repeats=2)
 
@@ -65,9 +63,6 @@ def main() -> int:
             sizes[dtype] = (Path(folder) / dtype / WEIGHTS).stat().st_size / 2**20
             if dtype != "bfloat16" or multiplies_bfloat16():
                 runs[dtype] = ours(Path(folder) / dtype, round(50 * args.seconds))
-        if multiplies_tiles():
-            runs[INTEGERS] = ours(Path(folder) / "int8", round(50 * args.seconds), integers=True)
-            sizes[INTEGERS] = sizes["int8"]
     del model
     wave = torch.randn(1, round(args.seconds * 16000))
     with torch.inference_mode():
@@ -85,10 +80,10 @@ def recipe_keys(recipe: str, layers: int) -> dict:
     return load_subject(recipe, [f"model.{change}" for change in changes]).model
 
 
-def ours(folder: Path, rows: int, integers: Optional[bool] = None):
+def ours(folder: Path, rows: int):
     """The model in a folder, as a function from waveform to logits."""
     model = read_folder(folder)
-    prepare_(model, rows=rows, integers=integers)
+    prepare_(model, rows=rows)
     return lambda wave: model(wave)[0]
 
 
@@ -108,9 +103,7 @@ def show(seconds, sizes, logits, limits: bool) -> int:
     if not limits:
         return 0
     missed = [
-        f"{name} speed"
-        for name in ("int8", INTEGERS, "bfloat16")
-        if name in median and median[first] < SPEEDUP * median[name]
+        f"{name} speed" for name in ("int8", "bfloat16") if name in median and median[first] < SPEEDUP * median[name]
     ]
     missed += [] if sizes["int8"] <= LARGEST_MIB else ["int8 size"]
     print(f"\nlimits: {f'missed by {missed}' if missed else 'met'}")

@@ -30,13 +30,7 @@ _INTEL = ("x86_64", "amd64")
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16; without, they are several times slower than fp32."""
     # Linux's names of Intel's and AMD's, and Arm's
-    return multiplies_tiles() or _has("_is_avx512_bf16_supported", {"avx512_bf16", "bf16"})
-
-
-@functools.lru_cache(maxsize=None)
-def multiplies_tiles() -> bool:
-    """Whether this CPU multiplies tiles of bfloat16 (AMX), as fast as it multiplies bytes but for their rounding."""
-    return _has("_is_amx_tile_supported", {"amx_bf16"})
+    return _has("_is_amx_tile_supported", {"amx_bf16"}) or _has("_is_avx512_bf16_supported", {"avx512_bf16", "bf16"})
 
 
 def _has(check: str, flags: Set[str]) -> bool:

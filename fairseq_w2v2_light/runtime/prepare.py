@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from .ctc import CtcModel
-from .half import half_around_, half_linears_, multiplies_bfloat16, multiplies_tiles
+from .half import half_around_, half_linears_, multiplies_bfloat16
 from .pack import pack_
 from .quantized import INT8, dequantize_, pack_quantized_, quantize_, require_no_gates
 
 DTYPES = ("auto", "float32", "bfloat16", INT8)
 
 
-def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, integers: Optional[bool] = None) -> str:
-    """Lays a model out for fast inference on this CPU, in place, and returns the dtype of its weights.
+def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500) -> str:
+    """Lays a model out for fast inference on this CPU, in place, and returns the dtype of its products.
 
     dtype: "auto" is the one that the weights are stored in (bfloat16 only where the CPU multiplies it, else float32);
     "int8" also quantises a model of floats; "float32" and "bfloat16" run an int8 one with the weights that its integers
-    stand for. rows: how many frames a call will mostly see.
-
-    integers: whether int8 weights meet 8-bit activations; None: unless the CPU multiplies tiles of bfloat16 (AMX), with
-    which the same weights are as fast and the error half as large, in twice the memory. What int8 leaves, convolutions
-    and attention, is computed in bfloat16 where the CPU has it.
+    stand for (bfloat16: with half the error, and twice the memory, of int8). rows: how many frames a call will mostly
+    see. What int8 leaves, convolutions and attention, is computed in bfloat16 where the CPU has it.
 
     A prepared model runs at every operating point and in streams, but can be neither saved, trained, moved nor prepared
     again. One with gates stays in fp32 as it is. Raises ValueError for an unknown dtype, bfloat16 on a CPU without it,
@@ -41,13 +36,11 @@ def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, integers: Op
         require_no_gates(model, f"run in {chosen}")
     if chosen == INT8 and model.stored_dtype != INT8:
         quantize_(model)
-    if integers is None:
-        integers = not multiplies_tiles()
-    if chosen == INT8 and integers:
+    if chosen == INT8:
         pack_quantized_(model, rows)
     elif model.stored_dtype == INT8:
         dequantize_(model)
-    if chosen == "bfloat16" or chosen == INT8 and not integers:
+    if chosen == "bfloat16":
         half_linears_(model.backbone, rows)
     # as a whole only where it may be widened
     pack_(model if chosen == "float32" else model.backbone, rows)

@@ -20,7 +20,7 @@ from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from ..runtime.ctc import CtcModel
 from ..runtime.folder import is_model_folder
-from ..runtime.half import multiplies_bfloat16, multiplies_tiles
+from ..runtime.half import multiplies_bfloat16
 from ..runtime.load import SPECIAL_SYMBOLS, load_ctc
 from ..runtime.prepare import DTYPES as _PREPARED
 from ..runtime.prepare import prepare_
@@ -390,14 +390,14 @@ def _peak_of_calls(contender: Contender, setting: Setting) -> Optional[int]:
 
 def machine(device: str = "cpu") -> Dict[str, str]:
     """What numbers depend on: torch, the CPU and what it multiplies, the GPU."""
-    tiles = "AMX" if multiplies_tiles() else "native" if multiplies_bfloat16() else "not on this CPU"
+    native = "native" if multiplies_bfloat16() else "not on this CPU"
     capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" and torch.cuda.is_available() else {}
     return {
         "torch": torch.__version__,
         "cpu": _cpu_name(),
         "capability": capability,
-        "bfloat16": tiles,
+        "bfloat16": native,
         "int8": best_method().name,
         **gpu,
     }

@@ -15,7 +15,7 @@ from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.runtime.pack import PackedConv1d
 from fairseq_w2v2_light.runtime.prepare import prepare_
-from fairseq_w2v2_light.runtime.quantized import QuantizedLinear
+from fairseq_w2v2_light.runtime.quantized import QuantizedLinear, quantize_
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
 
 # of the logits, relative to their spread: 24 and 8 bits; of bfloat16, whose instructions not every CPU has, emulated
@@ -44,11 +44,11 @@ def models(tmp_path_factory):
     return load
 
 
-@pytest.mark.parametrize("dtype, integers", [("float32", None), ("int8", True), ("int8", False), ("bfloat16", None)])
+@pytest.mark.parametrize("dtype", ("float32", "int8", "bfloat16"))
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_the_same(models, kind, dtype, integers):
+def test_it_computes_the_same(models, kind, dtype):
     exact, model = models(kind), models(kind)
-    assert prepare_(model, dtype, rows=40, integers=integers) == dtype
+    assert prepare_(model, dtype, rows=40) == dtype
     counts = torch.tensor([900, 700, 432, 500])
     wave, _ = random_audio(*counts.tolist())
     for point in exact.config.operating_points.points():
@@ -64,20 +64,13 @@ def test_it_computes_the_same(models, kind, dtype, integers):
             assert difference <= tolerance / 2  # a last bit of fp32 may turn a step of 8
 
 
-def test_int8_products_are_of_integers_or_of_bfloat16(models):
-    for integers in (True, False):
-        model = models("large")
-        prepare_(model, "int8", integers=integers)
-        kinds = {type(model.backbone.encoder.layers[0].fc1), type(model.backbone.post_extract_proj)}
-        assert kinds == {QuantizedLinear if integers else half.HalfLinear}
-
-
-@pytest.mark.parametrize("tiles", (True, False))
-def test_tiles_of_bfloat16_decide(monkeypatch, models, tiles):
-    monkeypatch.setattr(prepare, "multiplies_tiles", lambda: tiles)
-    model = models("large")
-    prepare_(model, "int8")
-    assert isinstance(model.backbone.encoder.layers[0].fc1, half.HalfLinear if tiles else QuantizedLinear)
+@pytest.mark.parametrize("dtype, kind", [("int8", QuantizedLinear), ("bfloat16", half.HalfLinear)])
+def test_linears_are_of_the_dtype_also_from_an_int8_folder(models, tmp_path, dtype, kind):
+    folder = tmp_path / "int8"
+    write_folder(quantize_(models("large")), folder, dtype="int8")
+    for model in (models("large"), load_ctc(folder)):
+        prepare_(model, dtype)
+        assert {type(model.backbone.encoder.layers[0].fc1), type(model.backbone.post_extract_proj)} == {kind}
 
 
 @pytest.mark.parametrize("dtype", ("float32", "int8", "bfloat16"))
