@@ -3,7 +3,7 @@
 oneDNN computes a convolution forward about as fast as a matrix product. Its gradients take twice as long: for 512
 channels, kernel 3 and stride 2, 235 ms forward and backward where these products take 145 ms, which is what this many
 multiplications take at the speed of a large product; for the positions of BASE, gradients alone, 459 ms where
-`convolve_groups` takes 280 (one thread of a Xeon with AVX-512).
+`convolve_groups` takes 273 (one thread of a Xeon with AVX-512).
 """
 
 from __future__ import annotations
