@@ -296,7 +296,7 @@ class Recognizer:
 @pytest.fixture
 def recognizer(monkeypatch):
     def install(*transcripts):
-        monkeypatch.setattr(recognition_options, "recognizer", lambda args: Recognizer(transcripts))
+        monkeypatch.setattr(recognition_options, "recognizer", lambda args, **given: Recognizer(transcripts))
 
     return install
 
