@@ -35,14 +35,15 @@ test: venv
 EXAMPLE = "$(VENV)/bin/python" examples
 BENCHMARK = -"$(VENV)/bin/python" benchmarks
 PLAIN = outputs/digits/plain/finetuned/checkpoint_last.pt
-PRUNED = outputs/pruning/mac_40/finetuned/checkpoint_last.pt
+PRUNED = --others "pruned, mac 40 %=outputs/pruning/mac_40/finetuned/checkpoint_last.pt" \
+    "pruned, mac 60 %=outputs/pruning/mac_60/finetuned/checkpoint_last.pt"
 
 results: results-data venv
 	$(EXAMPLE)/digits/run.py "$(DATA)"
 	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN)
 	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN)
 	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN)
-	$(EXAMPLE)/combine/run.py "$(DATA)" --teacher $(PLAIN) --others "pruned, mac 40 %=$(PRUNED)"
+	$(EXAMPLE)/combine/run.py "$(DATA)" --teacher $(PLAIN) $(PRUNED)
 	$(BENCHMARK)/claims.py
 	$(BENCHMARK)/inference.py --models base large sew_tiny digits pruned stochastic_tiny stochastic_base
 	$(BENCHMARK)/training.py
