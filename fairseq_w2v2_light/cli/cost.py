@@ -1,6 +1,7 @@
 """`w2v2-light cost`: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
 import json
+import math
 
 from ..study.cost import LETTERS, cost, format_cost, load_subject
 from ..study.latency import format_latency, latency
@@ -27,7 +28,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    if args.seconds <= 0:
+    if not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds: found {args.seconds:g}, expected a positive number")
     subject = load_subject(args.source, args.overrides, args.vocabulary)
     if args.latency:

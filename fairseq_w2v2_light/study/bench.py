@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import platform
 import re
 import statistics
@@ -293,8 +294,8 @@ def _require_compilable(call: Callable[[], Tensor]) -> None:
 def check(setting: Setting, repeats: int = 1) -> None:
     """Raises ValueError for a setting that is none, or not here, and for no repeats."""
     for what, found in (("seconds", setting.seconds), ("batch size", setting.batch_size), ("repeats", repeats)):
-        if not found > 0:
-            raise ValueError(f"{what}: found {found:g}, expected more than 0")
+        if not 0 < found < math.inf:
+            raise ValueError(f"{what}: found {found:g}, expected a positive number")
     if setting.threads < 1:
         raise ValueError(f"threads: found {setting.threads}, expected 1 or more")
     if setting.device == "cuda" and not torch.cuda.is_available():

@@ -118,10 +118,10 @@ def test_only_recipes_have_overrides(checkpoint):
     "setting, repeats, message",
     [
         (Setting(0.1, threads=0), 1, "threads: found 0, expected 1 or more"),
-        (Setting(0.0), 1, "seconds: found 0, expected more than 0"),
-        (Setting(math.nan), 1, "seconds: found nan, expected more than 0"),
-        (Setting(0.1, batch_size=0), 1, "batch size: found 0, expected more than 0"),
-        (SETTING, 0, "repeats: found 0, expected more than 0"),
+        (Setting(0.0), 1, "seconds: found 0, expected a positive number"),
+        (Setting(math.nan), 1, "seconds: found nan, expected a positive number"),
+        (Setting(0.1, batch_size=0), 1, "batch size: found 0, expected a positive number"),
+        (SETTING, 0, "repeats: found 0, expected a positive number"),
         (Setting(0.001), 1, "too short"),
     ],
 )
