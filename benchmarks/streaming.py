@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from limits import show
 
 from fairseq_w2v2_light.nn.config import encoder_config_from
 from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS, CtcModel
@@ -72,20 +73,6 @@ def main() -> int:
         *long,
     ]
     return show(rows, {} if args.smoke else LIMITS)
-
-
-def show(rows, limits) -> int:
-    """Prints (name, text, limit's name, value) rows; returns 1 when a value is above its limit."""
-    print("| what | measured | limit |\n|---|---|---|")
-    missed = []
-    for name, text, key, value in rows:
-        limit = limits.get(key)
-        print(f"| {name} | {text} | {'' if limit is None else f'{limit:g}'} |")
-        if limit is not None and value > limit:
-            missed.append(name)
-    if limits:
-        print(f"\nlimits: {f'missed by {missed}' if missed else 'met'}")
-    return 1 if missed else 0
 
 
 def build(recipe: str) -> CtcModel:

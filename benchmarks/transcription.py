@@ -27,6 +27,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 import soundfile
 import torch
+from limits import show
 
 from fairseq_w2v2_light.data.references import read_references
 from fairseq_w2v2_light.nn.frontend import receptive_field
@@ -143,20 +144,6 @@ def measure(args, folder: Path) -> int:
         *word_times(model, utterances, order, starts, result["words"]),
     ]
     return show(rows, {} if args.smoke else LIMITS)
-
-
-def show(rows, limits) -> int:
-    """Prints (name, text, limit's name, value) rows; returns 1 when a value is above its limit."""
-    print("| what | measured | limit |\n|---|---|---|")
-    missed = []
-    for name, text, key, value in rows:
-        limit = limits.get(key)
-        print(f"| {name} | {text} | {'' if limit is None else f'{limit:g}'} |")
-        if limit is not None and value > limit:
-            missed.append(name)
-    if limits:
-        print(f"\nlimits: {f'missed by {missed}' if missed else 'met'}")
-    return 1 if missed else 0
 
 
 def read_utterances(args, rate: int) -> List[Utterance]:

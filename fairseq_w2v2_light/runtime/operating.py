@@ -337,7 +337,7 @@ def machine(threads: int, torch_version: str) -> Dict[str, str]:
     """What the speed of a model depends on besides the model."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": str(available),
         "threads": str(threads),
         "torch": str(torch_version),
@@ -345,7 +345,8 @@ def machine(threads: int, torch_version: str) -> Dict[str, str]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model, as Linux names it; elsewhere its architecture."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import platform
-import re
 import statistics
 import time
 from collections import Counter
@@ -23,6 +21,7 @@ from ..runtime.ctc import CtcModel
 from ..runtime.folder import is_model_folder
 from ..runtime.half import multiplies_bfloat16
 from ..runtime.load import SPECIAL_SYMBOLS, load_ctc
+from ..runtime.operating import cpu_name
 from ..runtime.prepare import DTYPES as _PREPARED
 from ..runtime.prepare import prepare_
 from ..runtime.quantized import INT8, best_method
@@ -396,21 +395,12 @@ def machine(device: str = "cpu") -> Dict[str, str]:
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" and torch.cuda.is_available() else {}
     return {
         "torch": torch.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "capability": capability,
         "bfloat16": native,
         "int8": best_method().name,
         **gpu,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def format_machine(found: Dict[str, str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from without_fairseq import WITHOUT_FAIRSEQ
 
 from fairseq_w2v2_light.cli import evaluate, recognition_options
 from fairseq_w2v2_light.cli import main as cli
@@ -331,20 +332,6 @@ def test_audio_is_opened_before_the_model_runs(data, tmp_path, capsys, content, 
 
 def test_counts_of_nothing_have_no_rate():
     assert evaluate._percent(Counts()) == "-"
-
-
-WITHOUT_FAIRSEQ = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("fairseq", "hydra", "omegaconf", "torchaudio", "editdistance", "sentencepiece"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Block())
-from fairseq_w2v2_light.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def test_it_works_where_fairseq_cannot_be_imported(data, model):

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from tiny_checkpoints import STOCHASTIC, STREAMING, finetuned, letters
+from without_fairseq import WITHOUT_FAIRSEQ
 
 from fairseq_w2v2_light.cli import main as cli
 from fairseq_w2v2_light.cli.tradeoff import candidates, short_names
@@ -199,20 +200,6 @@ def test_models_as_they_are_written(tmp_path, monkeypatch):
 )
 def test_default_names(paths, names):
     assert short_names(paths) == names
-
-
-WITHOUT_FAIRSEQ = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("fairseq", "hydra", "omegaconf", "torchaudio", "editdistance", "sentencepiece"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Block())
-from fairseq_w2v2_light.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def test_it_works_where_fairseq_cannot_be_imported(made, tmp_path):

@@ -1,0 +1,14 @@
+"""A program that runs a verb where fairseq, and what comes with it, cannot be imported."""
+
+WITHOUT_FAIRSEQ = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fairseq", "hydra", "omegaconf", "torchaudio", "editdistance", "sentencepiece"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+from fairseq_w2v2_light.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
