@@ -24,12 +24,9 @@ import numpy as np
 import soundfile
 import torch
 
-from fairseq_w2v2_light.nn.config import encoder_config_from
 from fairseq_w2v2_light.runtime.folder import write_folder
-from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS, CtcModel
-from fairseq_w2v2_light.study.cost import load_subject
+from fairseq_w2v2_light.study.bench import load_model
 
-SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 # seconds of the recordings of each set
 SETS = {
     "12 of 1 to 4 s": [1 + index / 4 for index in range(12)],
@@ -104,10 +101,8 @@ def main() -> int:
 
 def measure(args, recipe: str, folder: Path) -> int:
     """Prints the rows of a recipe; how many have a median above the tolerance."""
-    torch.manual_seed(0)
-    model = CtcModel(encoder_config_from(load_subject(recipe, []).model), SYMBOLS).eval()
     place = folder / recipe.replace("/", "-")
-    write_folder(model, place / "model")
+    write_folder(load_model(recipe), place / "model")
     sets = {name: write_noise(place, name, lengths) for name, lengths in list(SETS.items())[: args.sets]}
     speeds = run(args, place, 1e6, [])["speeds"]
     fastest, slowest = min(speeds), max(speeds)

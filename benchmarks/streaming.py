@@ -20,13 +20,11 @@ import numpy as np
 import torch
 from limits import show
 
-from fairseq_w2v2_light.nn.config import encoder_config_from
-from fairseq_w2v2_light.runtime.load import SPECIAL_SYMBOLS, CtcModel
+from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
 from fairseq_w2v2_light.runtime.timings import percentile
-from fairseq_w2v2_light.study.cost import load_subject
+from fairseq_w2v2_light.study.bench import SYMBOLS, load_model
 
-SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 BLOCK_SECONDS = 0.02
 LIMITS = {"real-time factor": 0.10, "99th percentile": 0.1, "batch": 3.0, "memory": 0.05}
 SMOKE = dict(recipe="distillation/streaming_tiny", chunks=5, minutes=0.4)
@@ -77,7 +75,7 @@ def main() -> int:
 
 def build(recipe: str) -> CtcModel:
     """A model of the recipe's shape, with random weights, as `runtime.load` makes one of a checkpoint."""
-    model = CtcModel(encoder_config_from(load_subject(recipe, []).model), SYMBOLS).eval().requires_grad_(False)
+    model = load_model(recipe)
     set_head(model)
     return model
 

@@ -17,6 +17,7 @@ weights, gradients and Adam's two states take in fp32; the rest are activations,
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any, Dict, List
 import torch
 
 from fairseq_w2v2_light.study.experiment import PLAIN
+from fairseq_w2v2_light.study.speed import in_turns
 from fairseq_w2v2_light.study.training import PARTS, Side, batch, build, clip_norm, fixed_loss, peak_memory, update
 
 # four numbers of fp32 for each weight: itself, its gradient and Adam's two averages
@@ -79,12 +81,8 @@ def compare_time(args) -> None:
     clock = time.process_time if args.cpu_time else time.perf_counter
     clip = clip_norm(args.recipe)
 
-    seconds: Dict[str, List[Dict[str, float]]] = {side.name: [] for side in sides}
-    for repeat in range(args.repeats + 1):
-        for side in sides:
-            parts = update(side, sample, clip, clock)
-            if repeat:
-                seconds[side.name].append(parts)
+    updates = {side.name: functools.partial(update, side, sample, clip, clock) for side in sides}
+    seconds = in_turns(updates, args.repeats)
 
     weights = sum(parameter.numel() for parameter in sides[1].model.parameters())
     shape = tuple(sample["net_input"]["source"].shape)

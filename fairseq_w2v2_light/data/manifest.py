@@ -268,7 +268,12 @@ def list_splits(data_dir: PathLike) -> List[str]:
 
 
 def audio_paths(data_dir: PathLike, split: str) -> List[Path]:
-    """The audio file of each utterance of a split; a relative root is taken from the folder, or from where we are.
+    """The audio file of each utterance of a split: see `listed_audio`."""
+    return [path for _, path in listed_audio(data_dir, split)]
+
+
+def listed_audio(data_dir: PathLike, split: str) -> List[Tuple[Entry, Path]]:
+    """Each utterance of a split with its audio file; a relative root is taken from the folder, or from where we are.
 
     Raises FileNotFoundError when there is no such split; ValueError for one that is malformed or empty, and for parts
     of a zip file.
@@ -288,7 +293,7 @@ def audio_paths(data_dir: PathLike, split: str) -> List[Path]:
     # data sets that are passed around have relative roots, which fairseq takes from where it runs
     roots = [data_dir / listed.root, Path(listed.root)]
     root = next((root for root in roots if (root / listed.entries[0].path).exists()), roots[0])
-    return [root / entry.path for entry in listed.entries]
+    return [(entry, root / entry.path) for entry in listed.entries]
 
 
 def list_label_suffixes(data_dir: PathLike) -> List[str]:

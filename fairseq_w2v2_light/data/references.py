@@ -236,17 +236,16 @@ def _is_manifest(path: Path) -> bool:
 
 def _manifest_references(folder: Path, split: str) -> List[Reference]:
     tsv = folder / f"{split}.tsv"
-    paths = manifest.audio_paths(folder, split)
-    listed = manifest.read_manifest(tsv)
+    listed = manifest.listed_audio(folder, split)
     texts = _transcripts(folder, split)
-    if len(texts) != len(listed.entries):
+    if len(texts) != len(listed):
         raise ValueError(
-            f"{tsv}: lists {len(listed.entries)} utterances, but its transcripts have {len(texts)} lines; line n of "
+            f"{tsv}: lists {len(listed)} utterances, but its transcripts have {len(texts)} lines; line n of "
             "these belongs to line n + 1 of the manifest; prepare the folder again"
         )
     return [
         Reference(entry.path, text, path, f"{tsv}:{number}")
-        for number, (entry, text, path) in enumerate(zip(listed.entries, texts, paths), start=2)
+        for number, ((entry, path), text) in enumerate(zip(listed, texts), start=2)
     ]
 
 

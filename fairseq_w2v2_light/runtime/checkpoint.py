@@ -225,6 +225,11 @@ _INCOMPLETE = "it was copied or downloaded incompletely, or is still being writt
 _MOST_VALUES = 1_000_000
 
 
+def is_checkpoint_file(source: PathLike) -> bool:
+    """Whether what a user names as a model is a file, and no recipe's YAML."""
+    return Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml")
+
+
 def read_checkpoint(path: PathLike) -> Checkpoint:
     """Reads a checkpoint of fairseq, configured by hydra or (before that) by an argparse.Namespace.
 

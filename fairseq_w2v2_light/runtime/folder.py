@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 import torch
+from torch import Tensor
 
 from ..files import atomic_folder
+from ..nn.config import EncoderConfig
 from ..nn.operating_point import OperatingPoint
 from .checkpoint import PathLike
 from .config_json import network_from_dict, network_to_dict
@@ -255,3 +258,25 @@ def _sample_rate(rate: int, where: str) -> int:
     if not 1 <= rate <= 1_000_000:
         raise ValueError(f"{where}: ctc.sample_rate: found {rate}, expected a number of Hz such as 16000")
     return rate
+
+
+def bytes_by_dtype(config: EncoderConfig, vocabulary: int) -> Dict[str, int]:
+    """Bytes of the weights of a model folder in each dtype that `export` and `quantize` write.
+
+    Network and CTC head of `vocabulary` labels (0: the network alone), without gates; of int8 ones the scales, and what
+    stays in fp32, are part. The file's header, some 100 bytes a tensor, is not.
+    """
+    with torch.device("meta"):
+        model = CtcModel(replace(config, prune_units=()), [""] * max(1, vocabulary))
+    stored = model if vocabulary else model.backbone
+    sizes = {name: _bytes(stored.state_dict(), dtype) for name, dtype in DTYPES.items() if name != INT8}
+    shape_quantized_(model)
+    return {**sizes, INT8: _bytes(stored.state_dict(), DTYPES[INT8])}
+
+
+def _bytes(weights: Mapping[str, Tensor], floats: torch.dtype) -> int:
+    """Bytes of weights whose floats are stored in the dtype `floats`."""
+    return sum(
+        value.numel() * (floats.itemsize if value.is_floating_point() else value.element_size())
+        for value in weights.values()
+    )

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
+from ..runtime.checkpoint import is_checkpoint_file
 from ..runtime.ctc import CtcModel
 from ..runtime.folder import is_model_folder
 from ..runtime.half import multiplies_bfloat16
@@ -122,7 +122,7 @@ def load_model(source: str, overrides: Sequence[str] = ()) -> CtcModel:
 
     A pre-training recipe gets a CTC head of 32 labels. Raises ValueError for overrides of anything but a recipe.
     """
-    if is_model_folder(source) or Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
+    if is_model_folder(source) or is_checkpoint_file(source):
         if overrides:
             raise ValueError(f"'{source}': overrides are for recipes; leave out {' '.join(overrides)}")
         return load_ctc(source)

@@ -1,12 +1,11 @@
 """What a model costs: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
 from ..models.parts import PARTS, part_of
@@ -18,9 +17,8 @@ from ..nn.counts import SAMPLE_RATE, count_macs, widths_of
 from ..nn.latency import algorithmic_latency
 from ..nn.operating_point import OperatingPoint
 from ..nn.positions import causal_kernel
-from ..runtime.ctc import CtcModel
-from ..runtime.folder import DTYPES, is_model_folder, read_folder
-from ..runtime.quantized import INT8, shape_quantized_
+from ..runtime.checkpoint import is_checkpoint_file
+from ..runtime.folder import bytes_by_dtype, is_model_folder, read_folder
 
 LETTERS = 32
 
@@ -89,7 +87,7 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
         model = read_folder(source)
         labels = len(model.symbols)
         return FolderSubject(model.config, str(model.point), labels, model.normalize, stored_dtype=model.stored_dtype)
-    if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
+    if is_checkpoint_file(source):
         return _checkpoint_subject(source, changes)
     recipe = load_recipe(source)
     name = model_name(recipe)
@@ -161,28 +159,6 @@ def _count_parameters(subject: Union[Subject, FolderSubject], model: nn.Module) 
     dropped = 0 if subject.pretraining_heads else parts["heads"]
     parts["heads"] += (subject.network.dim + 1) * subject.vocabulary - dropped
     return parts, dropped
-
-
-def bytes_by_dtype(config: EncoderConfig, vocabulary: int) -> Dict[str, int]:
-    """Bytes of the weights of a model folder in each dtype that `export` and `quantize` write.
-
-    Network and CTC head of `vocabulary` labels (0: the network alone), without gates; of int8 ones the scales, and what
-    stays in fp32, are part. The file's header, some 100 bytes a tensor, is not.
-    """
-    with torch.device("meta"):
-        model = CtcModel(replace(config, prune_units=()), [""] * max(1, vocabulary))
-    stored = model if vocabulary else model.backbone
-    sizes = {name: _bytes(stored.state_dict(), dtype) for name, dtype in DTYPES.items() if name != INT8}
-    shape_quantized_(model)
-    return {**sizes, INT8: _bytes(stored.state_dict(), DTYPES[INT8])}
-
-
-def _bytes(weights: Mapping[str, Tensor], floats: torch.dtype) -> int:
-    """Bytes of weights whose floats are stored in the dtype `floats`."""
-    return sum(
-        value.numel() * (floats.itemsize if value.is_floating_point() else value.element_size())
-        for value in weights.values()
-    )
 
 
 def cost(

@@ -3,7 +3,7 @@
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..runtime.ctc import CtcModel
 from ..runtime.load import load_ctc
 from ..runtime.pack import pack_
 
+Result = TypeVar("Result")
 # frames of a typical utterance, 10 s, for which weights are laid out
 _ROWS = 500
 
@@ -91,9 +92,9 @@ def _interleaved(measure: Mapping[str, Callable[[], float]], repeats: int) -> Di
     return {name: statistics.median(values) for name, values in in_turns(measure, repeats).items()}
 
 
-def in_turns(measure: Mapping[Any, Callable[[], float]], repeats: int) -> Dict[Any, List[float]]:
+def in_turns(measure: Mapping[Any, Callable[[], Result]], repeats: int) -> Dict[Any, List[Result]]:
     """Each function's `repeats` results, after one that does not count; in turns, so that noise is shared."""
-    measured: Dict[Any, List[float]] = {name: [] for name in measure}
+    measured: Dict[Any, List[Result]] = {name: [] for name in measure}
     for repeat in range(repeats + 1):
         for name, run in measure.items():
             result = run()

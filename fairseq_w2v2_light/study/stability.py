@@ -25,6 +25,7 @@ from ..nn.counts import SAMPLE_RATE
 from ..nn.frontend import receptive_field
 from ..nn.operating_point import OperatingPoint
 from ..runtime.audio import wav_blocks
+from ..runtime.checkpoint import is_checkpoint_file
 from ..runtime.ctc import normalized
 from ..runtime.folder import is_model_folder, read_folder
 from ..runtime.quantized import INT8, dequantize_
@@ -217,7 +218,7 @@ def load_model(source: str, overrides: Sequence[str] = (), point: str = "", name
             dequantize_(model)
         chosen = _point(source, model.backbone, point or str(model.point))
         return StudiedModel(name, model.backbone, chosen, model.normalize, model.sample_rate)
-    if Path(source).is_file() and Path(source).suffix not in (".yaml", ".yml"):
+    if is_checkpoint_file(source):
         _refuse_overrides(source, overrides)
         checkpoint = load_encoder(source)
         backbone = build_backbone(checkpoint, source).eval().requires_grad_(False)

@@ -15,13 +15,11 @@ import torch
 
 from ..data.references import Reference
 from ..files import atomic_path, atomic_write_text
-from ..nn.config import EncoderConfig
 from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from ..runtime.ctc import CtcModel
-from ..runtime.folder import DTYPES, is_model_folder
+from ..runtime.folder import bytes_by_dtype, is_model_folder
 from ..runtime.operating import machine
-from ..runtime.quantized import INT8, shape_quantized_
 from ..runtime.recognizer import Recognizer
 from ..runtime.scoring import Totals
 from .evaluation import WINDOW_SECONDS, check_references, recognise
@@ -197,13 +195,13 @@ def _load(candidates, dtypes, dictionary, seconds: float) -> Dict[_Key, _Run]:
 def _row(key: _Key, run: _Run, counts: Totals, factor: float, first: float) -> Row:
     """What came out of a run; factor, first: real-time factors of it and of the first one."""
     name, dtype, point = key
-    parameters, size = _sizes(run.recognizer.model.config, run.recognizer.model.symbols, dtype)
+    model = run.recognizer.model
     return Row(
         model=name,
         operating_point=point,
         dtype=dtype,
-        parameters=parameters,
-        bytes=size,
+        parameters=_parameters(model),
+        bytes=bytes_by_dtype(model.config, len(model.symbols))[dtype],
         macs=run.macs,
         real_time_factor=factor,
         speed_up=first / factor,
@@ -217,17 +215,12 @@ def _row(key: _Key, run: _Run, counts: Totals, factor: float, first: float) -> R
     )
 
 
-def _sizes(config: EncoderConfig, symbols: List[str], dtype: str) -> Tuple[int, int]:
-    """Parameters of a model, and the bytes of its weights in `dtype`, before `prepare_` lays them out."""
+def _parameters(model: CtcModel) -> int:
+    """Of a model as it was stored: `prepare_` lays weights out as something else."""
     with torch.device("meta"):
         # gates are no part of a model's size: pruning removes them
-        model = CtcModel(dataclasses.replace(config, prune_units=()), symbols)
-    parameters = sum(value.numel() for value in model.parameters())
-    if dtype == INT8:
-        shape_quantized_(model)
-    floats = torch.empty(0, dtype=DTYPES[dtype]).element_size()
-    values = model.state_dict().values()
-    return parameters, sum(v.numel() * (floats if v.is_floating_point() else v.element_size()) for v in values)
+        stored = CtcModel(dataclasses.replace(model.config, prune_units=()), model.symbols)
+    return sum(value.numel() for value in stored.parameters())
 
 
 def _points(candidate: Candidate, model: CtcModel) -> List[OperatingPoint]:
