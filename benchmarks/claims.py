@@ -11,21 +11,12 @@ not compared here. Exits with 1 when a limit of ours is missed.
 """
 
 import argparse
-import statistics
 import sys
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
-import torch
-from torch import Tensor
-
-from fairseq_w2v2_light.nn.counts import SAMPLE_RATE
-from fairseq_w2v2_light.nn.operating_point import OperatingPoint
 from fairseq_w2v2_light.runtime.half import multiplies_bfloat16
-from fairseq_w2v2_light.runtime.prepare import prepare_
-from fairseq_w2v2_light.study.bench import format_machine, load_model, machine, timer
+from fairseq_w2v2_light.study.bench import Contender, Row, Setting, compare, format_machine, machine
 from fairseq_w2v2_light.study.cost import LETTERS, cost, load_subject
-from fairseq_w2v2_light.study.peers import stock_fairseq
-from fairseq_w2v2_light.study.speed import in_turns
 
 LARGE, BASE = "pretraining/w2v2_light_large", "pretraining/w2v2_light_base"
 # how often a map is computed, of LARGE's 24 layers; the recipe says 4
@@ -49,16 +40,6 @@ PRUNED = {
 SMOKE = {"encoder_embed_dim": "64", "encoder_ffn_embed_dim": "128", "encoder_attention_heads": "2"}
 
 
-class Contender(NamedTuple):
-    """What is timed: its name, precision, stored parameters, MACs, and a function that computes logits."""
-
-    name: str
-    dtype: str
-    parameters: int
-    macs: int
-    run: Callable[[], Tensor]
-
-
 class Claim(NamedTuple):
     """What a paper says, what was measured instead, its value, and the least that we accept."""
 
@@ -69,7 +50,8 @@ class Claim(NamedTuple):
     least: float
 
 
-Result = Tuple[List[Contender], Callable[[Dict[str, float]], List[Claim]]]
+# the contenders of a table, and what its rows and their stored parameters, by name, say of the claims
+Family = Tuple[List[Contender], Callable[[Dict[str, Row], Dict[str, int]], List[Claim]]]
 
 
 def main() -> int:
@@ -83,29 +65,14 @@ def main() -> int:
     if args.smoke:
         parser.set_defaults(seconds=1.0, repeats=1)
         args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    wave = torch.randn(1, round(args.seconds * SAMPLE_RATE))
     print(f"{format_machine(machine())}; {args.threads} threads, {args.seconds:g} s, {args.repeats} turns")
     claims: List[Claim] = []
     for family in args.families:
-        contenders, judge = FAMILIES[family](wave, SMOKE if args.smoke else {})
-        with torch.inference_mode():
-            seconds = in_turns({one.name: timer(one.run) for one in contenders}, args.repeats)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        first = contenders[0]
-        print(f"\n{family}\n")
-        print("| model | precision | parameters | fewer | GMACs | fewer | ms | times faster | / MAC ratio |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for one in contenders:
-            faster, lighter = medians[first.name] / medians[one.name], first.macs / one.macs
-            smaller = first.parameters / one.parameters
-            print(
-                f"| {one.name} | {one.dtype} | {one.parameters / 1e6:.2f} M | {smaller:.2f} x | {one.macs / 1e9:.2f} "
-                f"| {lighter:.2f} x | {1e3 * medians[one.name]:.1f} | {faster:.2f} | {faster / lighter:.2f} |",
-                flush=True,
-            )
-        claims += judge({one.name: medians[first.name] / medians[one.name] for one in contenders})
+        contenders, judge = FAMILIES[family](SMOKE if args.smoke else {})
+        table = compare(contenders, Setting(args.seconds, 1, args.threads), args.repeats, memory=False)
+        parameters = {row.contender.name: stored(row.contender) for row in table.rows}
+        print(f"\n{family}\n\n{format_rows(table.rows, parameters)}", flush=True)
+        claims += judge({row.contender.name: row for row in table.rows}, parameters)
     print("\nclaims\n\n| paper | claims | measured | least |\n|---|---|---|---|")
     for claim in claims:
         print(f"| {claim.paper} | {claim.says} | {claim.measured} | {claim.least:g} |")
@@ -114,34 +81,33 @@ def main() -> int:
     return 1 if missed and not args.smoke else 0
 
 
-def large(wave: Tensor, changes: Dict[str, str]) -> Result:
+def large(changes: Dict[str, str]) -> Family:
     """LARGE, shared and distilled."""
-    whole = {"unique_layers": "24", "attention_map_every": "1", **changes}
-    stock = stock_fairseq(load_model(LARGE, overrides(whole)))
-    counted = counts(LARGE, whole, wave)
-    contenders = [Contender("stock fairseq LARGE", "float32", *counted, lambda: stock(wave))]
-    contenders.append(contender("everything off", LARGE, whole, wave))
+    whole = overrides({"unique_layers": "24", "attention_map_every": "1", **changes})
+    stock = Contender("stock fairseq LARGE", LARGE, whole, "fairseq")
+    contenders = [stock, Contender("everything off", LARGE, whole)]
     for every in EVERY:
-        name = f"W2V2-Light, {24 // every} of 24 maps"
-        contenders.append(contender(name, LARGE, {"attention_map_every": str(every), **changes}, wave))
+        maps = overrides({"attention_map_every": str(every), **changes})
+        contenders.append(Contender(light(24 // every), LARGE, maps))
     halves = ("bfloat16",) if multiplies_bfloat16() else ()
     recipes = {"W2V2-Light": LARGE}
     recipes.update({f"bigfoot_{layers}": f"distillation/bigfoot_{layers}" for layers in (12, 4)})
     recipes.update({f"distillw2v2_s{size}": f"distillation/distillw2v2_s{size}" for size in (3, 5)})
     for name, recipe in recipes.items():
         dtypes = (*halves, "int8") if recipe == LARGE else ("float32", *halves, "int8")
-        contenders += [contender(f"{name}, {dtype}", recipe, changes, wave, dtype) for dtype in dtypes]
+        contenders += [Contender(f"{name}, {one}", recipe, overrides(changes), dtype=one) for one in dtypes]
 
-    def judge(faster: Dict[str, float]) -> List[Claim]:
-        fewer = {one.name: counted[0] / one.parameters for one in contenders}
+    def judge(rows: Dict[str, Row], parameters: Dict[str, int]) -> List[Claim]:
+        fewer = {name: parameters[stock.name] / count for name, count in parameters.items()}
+        faster = {name: row.speed_up for name, row in rows.items()}
         shared = 100 * (1 - 1 / fewer["W2V2-Light, int8"])
-        light = {24 // every: faster[f"W2V2-Light, {24 // every} of 24 maps"] for every in EVERY}
         reduced = max(faster[f"W2V2-Light, {dtype}"] for dtype in (*halves, "int8"))
-        curve = ", ".join(f"{maps}: {ratio:.2f}" for maps, ratio in light.items())
+        curve = ", ".join(f"{24 // every}: {faster[light(24 // every)]:.2f}" for every in EVERY)
+        own = faster[light(cost(load_subject(LARGE, []))["attention_maps"])]
         return [
             ratio("none", "everything off", faster["everything off"], 1.05),
             Claim("W2V2-Light", "91 % fewer parameters", f"{shared:.2f} %", shared, 91.2),
-            Claim("W2V2-Light", "1.31 x faster", f"by the maps computed: {curve}", max(light.values()), 1.31),
+            Claim("W2V2-Light", "1.31 x faster", f"{own:.2f} x (recipe); by the maps computed: {curve}", own, 1.31),
             ratio("W2V2-Light", "not in the paper: bfloat16 or int8", reduced, 2.6),
             ratio("Shrinking Bigfoot", "4.8 x smaller", fewer["bigfoot_4, float32"], 4.84),
             ratio("Shrinking Bigfoot", "2 x faster", faster["bigfoot_4, float32"], 2.0),
@@ -152,40 +118,34 @@ def large(wave: Tensor, changes: Dict[str, str]) -> Result:
     return contenders, judge
 
 
-def stochastic(wave: Tensor, changes: Dict[str, str]) -> Result:
-    """BASE at operating points, against its least reduction."""
-    whole = {"unique_layers": "12", **STOCHASTIC, **changes}
-    model = load_model(BASE, overrides(whole))
-    prepare_(model, "float32", rows=model.config.frames(wave.size(1)))
-    contenders = []
-    for text in POINTS:
-        counted = counts(BASE, whole, wave, text)
-        point = OperatingPoint.parse(text)
-        contenders.append(Contender(text, "float32", *counted, lambda point=point: model(wave, point=point)[0]))
+def light(maps: int) -> str:
+    return f"W2V2-Light, {maps} of 24 maps"
 
-    def judge(faster: Dict[str, float]) -> List[Claim]:
-        shares = {one.name: faster[one.name] * one.macs / contenders[0].macs for one in contenders}
+
+def stochastic(changes: Dict[str, str]) -> Family:
+    """BASE at operating points, against its least reduction."""
+    whole = overrides({"unique_layers": "12", **STOCHASTIC, **changes})
+
+    def judge(rows: Dict[str, Row], parameters: Dict[str, int]) -> List[Claim]:
+        shares = {name: row.speed_up / row.mac_ratio for name, row in rows.items()}
         worst = min(shares, key=shares.get)
         measured = f"speed-up of its MAC ratio, least: {shares[worst]:.2f} ({worst})"
         return [Claim("Stochastic wav2vec 2.0", "compute on demand", measured, shares[worst], 0.8)]
 
-    return contenders, judge
+    return [Contender(point, BASE, whole, point=point) for point in POINTS], judge
 
 
-def pruned(wave: Tensor, changes: Dict[str, str]) -> Result:
+def pruned(changes: Dict[str, str]) -> Family:
     """BASE as HJ-Pruning left it."""
-    whole = {"unique_layers": "12"}
-    contenders = [contender("unpruned BASE", BASE, whole, wave)]
-    contenders += [contender(f"pruned by {share}", BASE, {**whole, **keys}, wave) for share, keys in PRUNED.items()]
+    shapes = {"unpruned BASE": {}, **{f"pruned by {share}": keys for share, keys in PRUNED.items()}}
 
-    def judge(faster: Dict[str, float]) -> List[Claim]:
-        last = contenders[-1]
-        macs = 100 * (1 - last.macs / contenders[0].macs)
-        share = faster[last.name] * last.macs / contenders[0].macs
-        measured = f"{macs:.1f} % fewer, {faster[last.name]:.2f} x faster ({share:.2f} of its MAC ratio)"
+    def judge(rows: Dict[str, Row], parameters: Dict[str, int]) -> List[Claim]:
+        row = rows["pruned by 40 %"]
+        macs, share = 100 * (1 - 1 / row.mac_ratio), row.speed_up / row.mac_ratio
+        measured = f"{macs:.1f} % fewer, {row.speed_up:.2f} x faster ({share:.2f} of its MAC ratio)"
         return [Claim("HJ-Pruning", "40 % fewer MACs", measured, share, 0.85)]
 
-    return contenders, judge
+    return [Contender(name, BASE, overrides({"unique_layers": "12", **keys})) for name, keys in shapes.items()], judge
 
 
 def ratio(paper: str, says: str, value: float, least: float) -> Claim:
@@ -195,21 +155,30 @@ def ratio(paper: str, says: str, value: float, least: float) -> Claim:
 FAMILIES = {"large": large, "stochastic": stochastic, "pruned": pruned}
 
 
-def contender(name: str, recipe: str, changes: Dict[str, str], wave: Tensor, dtype: str = "float32") -> Contender:
-    """A recipe's model, prepared for this machine."""
-    model = load_model(recipe, overrides(changes))
-    prepare_(model, dtype, rows=model.config.frames(wave.size(1)))
-    return Contender(name, dtype, *counts(recipe, changes, wave), lambda: model(wave)[0])
+def overrides(changes: Dict[str, str]) -> Tuple[str, ...]:
+    return tuple(f"model.{key}={value}" for key, value in changes.items())
 
 
-def counts(recipe: str, changes: Dict[str, str], wave: Tensor, point: str = "") -> Tuple[int, int]:
-    """Stored parameters of a recipe's model, and its MACs with a CTC head."""
-    counted = cost(load_subject(recipe, overrides(changes), LETTERS), wave.size(1) / SAMPLE_RATE, point)
-    return counted["parameters"], counted["macs"]
+def stored(contender: Contender) -> int:
+    """Stored parameters of a contender's recipe, as `w2v2-light cost` counts them."""
+    return cost(load_subject(contender.source, list(contender.overrides), LETTERS))["parameters"]
 
 
-def overrides(changes: Dict[str, str]) -> List[str]:
-    return [f"model.{key}={value}" for key, value in changes.items()]
+def format_rows(rows: List[Row], parameters: Dict[str, int]) -> str:
+    """A Markdown table against the first row."""
+    lines = [
+        "| model | precision | parameters | fewer | GMACs | fewer | ms | times faster | / MAC ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = parameters[rows[0].contender.name]
+    for row in rows:
+        count = parameters[row.contender.name]
+        lines.append(
+            f"| {row.contender.name} | {row.contender.dtype} | {count / 1e6:.2f} M | {first / count:.2f} x "
+            f"| {row.macs / 1e9:.2f} | {row.mac_ratio:.2f} x | {1e3 * row.median:.1f} | {row.speed_up:.2f} "
+            f"| {row.speed_up / row.mac_ratio:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

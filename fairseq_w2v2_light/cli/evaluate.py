@@ -42,10 +42,7 @@ def add_arguments(parser) -> None:
         help="a folder of manifests, a manifest, a table (.csv, .tsv, .jsonl) with columns path and text, or, with "
         "--hypotheses, lines of text: `TEXT`, `ID TEXT` or `TEXT (ID)`",
     )
-    parser.add_argument("--split", default="", help="of the folder (default: test), or of the table (default: all)")
-    parser.add_argument(
-        "--columns", default="", metavar="path=A,text=B", help="names of the columns path and text if others"
-    )
+    add_split(parser)
     parser.add_argument(
         "--hypotheses", type=Path, metavar="FILE", help="score these texts instead of a model: lines, .jsonl, a table"
     )
@@ -79,6 +76,14 @@ def add_arguments(parser) -> None:
         type=Path,
         metavar="FILE",
         help="write the alignment of each utterance as text or, if the name ends with .jsonl, as JSON lines",
+    )
+
+
+def add_split(parser) -> None:
+    """Which of the references: --split and --columns."""
+    parser.add_argument("--split", default="", help="of the folder (default: test), or of the table (default: all)")
+    parser.add_argument(
+        "--columns", default="", metavar="path=A,text=B", help="names of the columns path and text if others"
     )
 
 

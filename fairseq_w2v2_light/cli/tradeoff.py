@@ -11,7 +11,7 @@ from ..data.references import DEFAULT_SPLIT, read_references
 from ..data.sources import parse_columns
 from ..nn.operating_point import OperatingPoint
 from . import recognition_options
-from .evaluate import add_normalisation, normalised
+from .evaluate import add_normalisation, add_split, normalised
 
 _DTYPES = ("auto", "float32", "bfloat16", "int8")
 
@@ -39,10 +39,7 @@ def add_arguments(parser) -> None:
         help="a fine-tuned checkpoint or a model folder; its name (default: the part of its path that the others do "
         "not share); its own operating points, as of --operating-points",
     )
-    parser.add_argument("--split", default="", help="of the folder (default: test), or of the table (default: all)")
-    parser.add_argument(
-        "--columns", default="", metavar="path=A,text=B", help="names of the columns path and text if others"
-    )
+    add_split(parser)
     parser.add_argument(
         "--operating-points",
         default="all",
