@@ -19,7 +19,7 @@ from fairseq_w2v2_light.study.bench import Contender, Row, Setting, compare, for
 from fairseq_w2v2_light.study.cost import LETTERS, cost, load_subject
 
 LARGE, BASE = "pretraining/w2v2_light_large", "pretraining/w2v2_light_base"
-# how often a map is computed, of LARGE's 24 layers; the recipe says 4
+# how often a map is computed, of LARGE's 24 layers; the recipe says 8
 EVERY = (1, 2, 3, 4, 6, 8, 12, 24)
 POINTS = ("s1q1k1", "s1q1k2", "s1q2k1", "s1q2k2", "s2q1k1", "s2q2k2", "s3q1k1", "s3q2k2", "s4q1k1", "s4q2k2")
 STOCHASTIC = {"squeeze_factors": "[1,2,3,4]", "query_pools": "[1,2]", "kv_pools": "[1,2]"}
