@@ -19,6 +19,7 @@ from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from ..runtime.ctc import CtcModel
 from ..runtime.folder import bytes_by_dtype, is_model_folder
+from ..runtime.load import load_ctc
 from ..runtime.operating import machine
 from ..runtime.recognizer import Recognizer
 from ..runtime.scoring import Totals
@@ -165,12 +166,14 @@ def measure_tradeoff(
 
 
 class _Run(NamedTuple):
-    """One row to be: a model at a point."""
+    """One row to be: a model at a point; parameters, bytes and MACs as it is stored, not as `prepare_` lays it out."""
 
     path: str
     recognizer: Recognizer
     point: OperatingPoint
     macs: int
+    parameters: int
+    bytes: int
 
 
 _Key = Tuple[str, str, str]  # model, dtype, operating point
@@ -181,13 +184,16 @@ def _load(candidates, dtypes, dictionary, seconds: float) -> Dict[_Key, _Run]:
     runs: Dict[_Key, _Run] = {}
     for candidate in candidates:
         own = None if is_model_folder(candidate.path) else dictionary
+        stored = load_ctc(candidate.path, own)
+        parameters, symbols = _parameters(stored), len(stored.symbols)
+        sizes = bytes_by_dtype(stored.config, symbols)
+        samples = round(seconds * stored.sample_rate)
         for dtype in dtypes:
             recognizer = Recognizer.from_pretrained(candidate.path, dtype=dtype, dictionary=own)
             recognizer.windowing = dataclasses.replace(recognizer.windowing, longest=WINDOW_SECONDS)
-            samples = round(seconds * recognizer.sample_rate)
-            for point in _points(candidate, recognizer.model):
-                macs = sum(count_macs(recognizer.model.config, samples, point, len(recognizer.labels)).values())
-                run = _Run(str(candidate.path), recognizer, point, macs)
+            for point in _points(candidate, stored):
+                macs = sum(count_macs(stored.config, samples, point, symbols).values())
+                run = _Run(str(candidate.path), recognizer, point, macs, parameters, sizes[recognizer.dtype])
                 runs.setdefault((candidate.name, recognizer.dtype, str(point)), run)
     return runs
 
@@ -195,13 +201,12 @@ def _load(candidates, dtypes, dictionary, seconds: float) -> Dict[_Key, _Run]:
 def _row(key: _Key, run: _Run, counts: Totals, factor: float, first: float) -> Row:
     """What came out of a run; factor, first: real-time factors of it and of the first one."""
     name, dtype, point = key
-    model = run.recognizer.model
     return Row(
         model=name,
         operating_point=point,
         dtype=dtype,
-        parameters=_parameters(model),
-        bytes=bytes_by_dtype(model.config, len(model.symbols))[dtype],
+        parameters=run.parameters,
+        bytes=run.bytes,
         macs=run.macs,
         real_time_factor=factor,
         speed_up=first / factor,
@@ -216,11 +221,10 @@ def _row(key: _Key, run: _Run, counts: Totals, factor: float, first: float) -> R
 
 
 def _parameters(model: CtcModel) -> int:
-    """Of a model as it was stored: `prepare_` lays weights out as something else."""
+    """Of a model in floats, also where its weights are int8, and without gates: pruning removes them."""
     with torch.device("meta"):
-        # gates are no part of a model's size: pruning removes them
-        stored = CtcModel(dataclasses.replace(model.config, prune_units=()), model.symbols)
-    return sum(value.numel() for value in stored.parameters())
+        floats = CtcModel(dataclasses.replace(model.config, prune_units=()), model.symbols)
+    return sum(value.numel() for value in floats.parameters())
 
 
 def _points(candidate: Candidate, model: CtcModel) -> List[OperatingPoint]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pruned_model import pruned
 from safetensors.torch import load_file
 from tiny_checkpoints import STOCHASTIC, STREAMING, finetuned, letters
 from without_fairseq import WITHOUT_FAIRSEQ
@@ -18,6 +19,7 @@ from without_fairseq import WITHOUT_FAIRSEQ
 from fairseq_w2v2_light.cli import main as cli
 from fairseq_w2v2_light.cli.tradeoff import candidates, short_names
 from fairseq_w2v2_light.export.folder import export_folder
+from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.study.cost import cost, load_subject
 
 ROOT = Path(cli.__file__).parents[2]
@@ -185,6 +187,15 @@ def test_models_as_they_are_written(tmp_path, monkeypatch):
         ("k", "what@x.pt@own,s1q1k1", "all"),
         ("z", "z", "s1q1k1,s2q1k1"),
     ]
+
+
+def test_a_model_that_is_wider_when_it_runs_is_counted_as_it_is_stored(made, tmp_path, capsys):
+    write_folder(pruned(), tmp_path / "narrow")
+    floats, integers = rows(capsys, made, tmp_path / "narrow", "--dtype", "float32,int8")
+    counted = cost(load_subject(str(tmp_path / "narrow"), []), 0.2)
+    for row in (floats, integers):
+        assert (row["parameters"], row["macs"]) == (counted["parameters"], counted["macs"])
+    assert floats["bytes"] == 4 * floats["parameters"] > integers["bytes"]
 
 
 @pytest.mark.parametrize(
