@@ -4,6 +4,7 @@
 #   PIP_ARGS  handed to pip, for example --extra-index-url https://download.pytorch.org/whl/cpu
 #   ARGS      handed to pytest or the demo
 #   DATA      for `make results`: a fairseq manifest folder with train, valid, test and letter labels
+#   SECOND    and another one, of speech that is harder to learn: models of DATA are trained on, on it
 
 PYTHON ?=
 VENV ?= .venv
@@ -16,7 +17,7 @@ export PIP_ARGS
 help:
 	@echo "make demo    synthesise speech, train a compressed wav2vec 2.0 on it, decode it (10 minutes after set-up)"
 	@echo "make test    the test suite"
-	@echo "make results DATA=FOLDER  what RESULTS.md says, made again (about half a day on two CPU cores)"
+	@echo "make results DATA=FOLDER [SECOND=FOLDER]  what RESULTS.md says, made again (a day on two CPU cores)"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
 	@echo "make venv    only the environment"
@@ -34,23 +35,24 @@ test: venv
 # each of these prints its tables and the commands below it; what was trained before is not trained again
 EXAMPLE = "$(VENV)/bin/python" examples
 BENCHMARK = -"$(VENV)/bin/python" benchmarks
-PLAIN = outputs/digits/plain/finetuned/checkpoint_last.pt
-PRUNED = --others "pruned, mac 40 %=outputs/pruning/mac_40/finetuned/checkpoint_last.pt" \
-    "pruned, mac 60 %=outputs/pruning/mac_60/finetuned/checkpoint_last.pt"
+PLAIN = outputs/compare/plain/seed1/finetuned/checkpoint_last.pt
+ON_SECOND = --start outputs/compare --seeds 1 --scale 0.2333 \
+    --set "optimization.update_freq=[4]" model.mask_prob=0.1 model.mask_channel_prob=0.05
 
 results: results-data venv
+	$(EXAMPLE)/compare/run.py "$(DATA)"
+	test -z "$(SECOND)" || $(EXAMPLE)/compare/run.py "$(SECOND)" --out outputs/compare_second $(ON_SECOND)
 	$(EXAMPLE)/digits/run.py "$(DATA)"
 	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN)
 	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN)
 	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN)
-	$(EXAMPLE)/combine/run.py "$(DATA)" --teacher $(PLAIN) $(PRUNED)
 	$(BENCHMARK)/claims.py
 	$(BENCHMARK)/inference.py --models base large sew_tiny digits pruned stochastic_tiny stochastic_base
 	$(BENCHMARK)/training.py
 	$(BENCHMARK)/quantized.py
 	$(BENCHMARK)/huggingface.py base large sew
 	$(BENCHMARK)/streaming.py --minutes 60
-	$(BENCHMARK)/transcription.py --model $(PLAIN) --data outputs/digits/data
+	$(BENCHMARK)/transcription.py --model $(PLAIN) --data outputs/compare/data
 	$(BENCHMARK)/budget.py
 	$(BENCHMARK)/lfmmi.py --threads 2 --repeats 9 --orders 2
 	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --repeats 2 --utterances 200

@@ -83,21 +83,45 @@ def test_pruning_compares_models(tmp_path, noise):
     assert "| mac 20 % |" in output
 
 
-def test_combine_means_over_its_seeds(tmp_path, noise):
-    out = tmp_path / "out"
-    teacher = tiny_teacher(tmp_path, noise)
-    arguments = [str(noise), "--teacher", teacher, "--out", str(out), "--updates", "2", "--seeds", "1", "2"]
-    output = run_example("combine", *arguments, "--points", "s2q1k2", "--others", f"again={teacher}")
-    rows = [line[2:-2].split(" | ") for line in (out / "results.md").read_text().splitlines()[2:]]
-    names = ["teacher", "again", "shared, stochastic, distilled"]
+def test_compare_means_over_its_seeds(tmp_path, noise):
+    """Every way once, on two corpora: on the second one each goes on from the first one's."""
+    out, few = tmp_path / "out", ["--scale", "0.0004", "--points", "s2q1k2"]
+    run_example("compare", str(noise), "--out", str(out), *few, "--seeds", "1")
+    ways = ["plain", "shared", "distilled", "streaming", "pruned", "combined"]
+    assert len(rows_of(out / "results.md")) == 2 * len(ways)
+    run_example("compare", str(noise), "--out", str(out), *few, "--seeds", "1", "2", "--ways", "combined", "plain")
+    rows = rows_of(out / "results.md")
+    names = {"shared, stochastic, distilled": "s2q1k2", "uncompressed": "s1q1k1"}
     assert [row[:3] for row in rows] == [
-        [name, point, dtype]
-        for name, point in zip(names, ("s1q1k1", "s1q1k1", "s2q1k2"))
-        for dtype in ("float32", "int8")
+        [name, point, dtype] for name, point in names.items() for dtype in ("float32", "int8")
     ]
-    assert all(float(row[5]) > 0 and float(row[6]) > 0 for row in rows)
-    assert " to " in rows[-1][-1] and " to " not in rows[0][-1]
-    assert (out / "test/tradeoff.html").is_file() and "| teacher | s1q1k1 | int8 |" in output
+    assert all(float(row[5]) > 0 and float(row[6]) > 0 and all(" to " in cell for cell in row[7:]) for row in rows)
+    assert (out / "test/tradeoff.html").is_file()
+
+    settings = ["--set", "optimization.update_freq=[2]", "--others", f"again={out / CHECKPOINT}"]
+    second = tmp_path / "second"
+    run_example("compare", str(noise), "--out", str(second), *few, "--seeds", "1", "--start", str(out), *settings)
+    rows = rows_of(second / "results.md")
+    assert len(rows) == 2 * (len(ways) + 1) and rows[0][0] == "again" and not any(" to " in row[-1] for row in rows)
+    for way, step in zip(ways, ("finetuned", "finetuned", "", "", "finetuned", "")):
+        settings = (second / way / "seed1" / step / "finished.txt").read_text()
+        start = {"streaming": second / "distilled/seed1", "pruned": second / "pruned/seed1/pruned.pt"}
+        assert str(start.get(way, out / way)) in settings and "update_freq=[2]" in settings
+    assert not (second / "plain/seed1/pretrained").exists()
+
+
+def test_compare_names_the_model_that_it_cannot_go_on_from(tmp_path, noise):
+    command = ["compare", str(noise), "--out", str(tmp_path / "out"), "--start", str(tmp_path), "--ways", "shared"]
+    with pytest.raises(AssertionError, match=r"--start: found no model in .*/shared/seed1; run this example on the"):
+        run_example(*command)
+
+
+CHECKPOINT = "plain/seed1/finetuned/checkpoint_last.pt"
+
+
+def rows_of(table):
+    """The cells of the rows of a Markdown table."""
+    return [line[2:-2].split(" | ") for line in table.read_text().splitlines()[2:]]
 
 
 def run_example(name, *arguments):

@@ -92,10 +92,12 @@ class EncoderLayer(nn.Module):
             attention_map = None
         else:
             hidden = self.self_attn_layer_norm(x, gates.hidden) if self.norm_first else x
-            memory = self.self_attn.keys_values(mean_pool(hidden, kv_pool, mask), needs_key=attention_map is None)
+            queries = mean_pool(hidden, query_pool, mask)
+            heard = queries if kv_pool == query_pool else mean_pool(hidden, kv_pool, mask)
+            memory = self.self_attn.keys_values(heard, needs_key=attention_map is None)
             memory = memory if past is None else past.extend(memory)
             hidden, attention_map = self.self_attn.attend(
-                mean_pool(hidden, query_pool, mask),
+                queries,
                 memory,
                 None if mask is None else mask.attention(query_pool, kv_pool),
                 attention_map,

@@ -23,8 +23,10 @@ def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tai
     valid = None if mask is None else mask.valid
     batch, time, channels = x.shape
     windows = pooled_length(time, factor, drop_tail)
-    if valid is None and not is_exporting() and windows * factor <= time:
-        return x[:, : windows * factor].unflatten(1, (windows, factor)).mean(2)
+    if valid is None and not is_exporting():
+        full = min(time // factor, windows)
+        means = x[:, : full * factor].unflatten(1, (full, factor)).mean(2)
+        return means if full == windows else torch.cat([means, x[:, full * factor :].mean(1, keepdim=True)], dim=1)
 
     if valid is None:
         weights = x.new_ones(1, time, 1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exporting import is_exporting
 from .gating import gated
 from .masks import FrameMask
 from .pooling import mean_pool
@@ -92,5 +93,8 @@ class Unsqueeze(nn.Sequential):
         y = y.unflatten(-1, (factor, self.dim))
         if self.residual:
             y = y + x.unsqueeze(2)
-        # a factor more than may be missing, so that nothing depends on how many are
-        return F.pad(y.flatten(1, 2), (0, 0, 0, factor)).narrow(1, 0, time)
+        y = y.flatten(1, 2)
+        if is_exporting() or y.size(1) < time:
+            # a factor more than may be missing, so that nothing depends on how many are
+            y = F.pad(y, (0, 0, 0, factor))
+        return y.narrow(1, 0, time)

@@ -19,7 +19,7 @@ from ..nn.activations import get_activation
 from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
-from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions
+from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
@@ -127,12 +127,12 @@ class HalfConvLayer(PackedConvLayer):
         nn.Module.__init__(self)
         self.kernel, self.stride = layer.kernel, layer.stride
         self.register_buffer("weight", layer.weight.to(HALF), persistent=False)
-        self.register_buffer("bias", layer.bias.to(HALF), persistent=False)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(HALF), persistent=False)
         self.layer_norm, self.group_norm = layer.layer_norm, None
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
         """(time, in channel) -> (frames, channel)"""
-        return super().forward(x.to(HALF).contiguous(), weight, bias)
+        return super().forward(x.to(HALF).contiguous(), weight, bias, space)
 
 
 class HalfAttention(MultiheadAttention):

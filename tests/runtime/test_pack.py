@@ -1,5 +1,7 @@
 """Packed weights: the same network, faster."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -150,8 +152,9 @@ def test_the_packed_network_computes_the_same(name):
 @needs_product
 @pytest.mark.parametrize("norm", ("layer", "group"))
 @pytest.mark.parametrize("frames", (1, 2, 31, 127, 128, 129, 300))
-def test_every_length_gives_the_same_frames(norm, frames):
+def test_every_length_gives_the_same_frames(norm, frames, monkeypatch):
     """One frame, whole pieces of the frontend, and one more or less than those."""
+    monkeypatch.setattr(pack, "PIECE_FRAMES", (32, 128))
     model, packed = both(network, extractor_norm=norm, chunk_frames=())
     shortest = 30 + (frames - 1) * 20
     for samples in (shortest, shortest + 19):
@@ -167,6 +170,42 @@ def test_loud_quiet_and_silent_audio_are_normalised_alike():
     wave = torch.randn(3, 1000) * torch.tensor([[100.0], [1e-4], [0.0]]) + torch.tensor([[50.0], [0.0], [0.0]])
     expected, found = (one.encode(wave)[0].x for one in (model, packed))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_product
+def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
+    """4 frames of the first layer to one of the last, 16 channels: 320 values are five frames."""
+    monkeypatch.setattr(pack, "PIECE_VALUES", 320)
+    monkeypatch.setattr(pack, "PIECE_FRAMES", (2, 128))
+    model, packed = both(network, chunk_frames=())
+    lengths, first = [], packed.feature_extractor.conv_layers[0]
+    first.register_forward_pre_hook(
+        lambda layer, inputs: lengths.append(frame_lengths(len(inputs[0]), model.config.conv_layers))
+    )
+    wave = torch.randn(1, 30 + 11 * 20)
+    torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
+    assert lengths == [5, 5, 2]
+
+
+@needs_product
+def test_memory_that_calls_share_mixes_nothing_up():
+    """Calls in and outside of inference mode, of any length, and several at the same time."""
+    model, packed = both(network, extractor_norm="group", chunk_frames=())
+    waves = [torch.randn(1, samples) for samples in (4000, 700, 30, 9000)]
+    with torch.no_grad():
+        expected = [model.encode(wave)[0].x for wave in waves]
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found = [packed.encode(wave)[0].x for wave in waves]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+    def call(index):
+        with torch.inference_mode():
+            return packed.encode(waves[index % 4])[0].x
+
+    with ThreadPoolExecutor(4) as threads:
+        for index, found in enumerate(threads.map(call, range(40))):
+            torch.testing.assert_close(found, expected[index % 4], atol=1e-5, rtol=1e-5)
 
 
 @needs_product
