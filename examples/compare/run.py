@@ -46,13 +46,13 @@ SHARED = ["model.unique_layers=2"]
 # half an hour of speech is little: more masks and dropout than the recipe's serve every operating point
 REGULARISED = ["model.mask_prob=0.35", "model.mask_channel_prob=0.2", "model.dropout=0.1"]
 ALL_POINTS = ",".join(f"s{s}q{q}k{k}" for s in (1, 2, 3) for q in (1, 2) for k in (1, 2))
-# way: (its name in the table, the updates of its trainings, the operating points to measure)
+# way: (its name in the table, the updates of its trainings, the operating points to measure; empty: its only one)
 WAYS = {
-    "plain": ("uncompressed", (400, 3000), "s1q1k1"),
+    "plain": ("uncompressed", (400, 3000), ""),
     "shared": ("shared, stochastic", (400, 3500), ALL_POINTS),
-    "distilled": ("distilled", (4000,), "s1q1k1"),
-    "streaming": ("distilled, streaming (480 ms)", (2000,), "s1q1k1"),
-    "pruned": ("pruned, 40 % of the MACs", (900, 600), "s1q1k1"),
+    "distilled": ("distilled", (4000,), ""),
+    "streaming": ("distilled, streaming (480 ms)", (2000,), ""),
+    "pruned": ("pruned, 40 % of the MACs", (900, 600), ""),
     "combined": ("shared, stochastic, distilled", (4000,), "s1q1k1,s1q2k2,s2q1k2,s3q2k2"),
 }
 DTYPES = "float32,int8"
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--others", nargs="*", default=(), metavar="NAME=MODEL", help="more rows, e.g. other checkpoints"
     )
-    parser.add_argument("--points", help="operating points to measure instead of each way's own")
+    parser.add_argument("--points", help="operating points of the stochastic models to measure")
     args = parser.parse_args()
     data = args.out / "data"
     if not (data / "train.tsv").is_file():
@@ -83,9 +83,8 @@ def main() -> None:
         name, _, points = WAYS[way]
         for seed in args.seeds:
             checkpoint = model(way, seed, data, args).resolve()
-            stochastic = way in ("shared", "combined")
-            points = args.points if args.points and stochastic else points
-            models.append(f"{name}{SEED}{seed}={checkpoint}@{points}")
+            points = args.points or points if points else ""
+            models.append(f"{name}{SEED}{seed}={checkpoint}" + (f"@{points}" if points else ""))
     results = {split: compare(models, data, split, args.out / split) for split in SPLITS}
     table = format_results(results)
     atomic_write_text(args.out / "results.md", table + "\n")

@@ -56,36 +56,40 @@ class MultiheadAttention(nn.Module):
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Attends from `query` (B, Tq, C) to `key_value` (B, Tk, C): `attend` to the `keys_values` of the latter."""
-        memory = self.keys_values(key_value, needs_key=attention_map is None)
-        return self.attend(query, memory, key_mask, attention_map, return_map)
+        """Attends from `query` (B, Tq, C) to `key_value` (B, Tk, C): `project`, then `attend`."""
+        queries, memory = self.project(query, key_value, needs_map=attention_map is None)
+        return self.attend(queries, memory, key_mask, attention_map, return_map)
 
-    def keys_values(self, x: Tensor, needs_key: bool = True) -> KeyValue:
-        """Keys and values of frames `x` (B, Tk, C)."""
-        return KeyValue(self._split(self.k_proj(x)) if needs_key else None, self._split(self.v_proj(x)))
+    def project(self, query: Tensor, key_value: Tensor, needs_map: bool = True) -> Tuple[Optional[Tensor], KeyValue]:
+        """Queries (B, heads, Tq, head dim) of frames `query` (B, Tq, C), and keys and values of `key_value` (B, Tk, C).
+
+        Without `needs_map`, because there is a map, neither queries nor keys.
+        """
+        queries = self._split(self.q_proj(query)) if needs_map else None
+        keys = self._split(self.k_proj(key_value)) if needs_map else None
+        return queries, KeyValue(keys, self._split(self.v_proj(key_value)))
 
     def attend(
         self,
-        query: Tensor,
+        queries: Optional[Tensor],
         memory: KeyValue,
         key_mask: Optional[Tensor] = None,
         attention_map: Optional[Tensor] = None,
         return_map: bool = False,
         gates: LayerGates = NO_LAYER_GATES,
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Attends from `query` (B, Tq, C) to `memory`, Tk frames; returns the output (B, Tq, C) and the map.
+        """Attends from `queries` (B, heads, Tq, head dim) to `memory`, Tk frames; the output (B, Tq, C) and the map.
 
         `key_mask` (B or 1, 1, Tq or 1, Tk) bool is True where a key may be attended to; every query needs one.
-        `attention_map` (B, heads, Tq, Tk) replaces the computed map. The returned map (before dropout) is None unless
-        `return_map` or a map was given. `gates` multiply what each head found (HJ-Pruning, eq. 7) and the output.
+        `attention_map` (B, heads, Tq, Tk) replaces the computed map, for which `queries` are None. The returned map
+        (before dropout) is None unless `return_map` or a map was given. `gates` multiply what each head found
+        (HJ-Pruning, eq. 7) and the output.
         """
         dropout = self.dropout if self.training else 0.0
         if attention_map is None and return_map:
-            attention_map = self._map(query, memory.key, key_mask)
+            attention_map = self._map(queries, memory.key, key_mask)
         if attention_map is None:
-            mixed = F.scaled_dot_product_attention(
-                self._split(self.q_proj(query)), memory.key, memory.value, key_mask, dropout
-            )
+            mixed = F.scaled_dot_product_attention(queries, memory.key, memory.value, key_mask, dropout)
         else:
             mixed = F.dropout(attention_map, dropout, self.training) @ memory.value
         heads = None if gates.heads is None else gates.heads.repeat_interleave(self.head_dim)
@@ -93,10 +97,10 @@ class MultiheadAttention(nn.Module):
 
     def attention_map(self, query: Tensor, key_value: Tensor, key_mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights (B, heads, Tq, Tk); rows sum to 1. The softmax is computed in fp32."""
-        return self._map(query, self._split(self.k_proj(key_value)), key_mask)
+        return self._map(self._split(self.q_proj(query)), self._split(self.k_proj(key_value)), key_mask)
 
-    def _map(self, query: Tensor, key: Tensor, key_mask: Optional[Tensor]) -> Tensor:
-        scores = self._split(self.q_proj(query) / math.sqrt(self.head_dim)) @ key.transpose(-2, -1)
+    def _map(self, queries: Tensor, keys: Tensor, key_mask: Optional[Tensor]) -> Tensor:
+        scores = (queries / math.sqrt(self.head_dim)) @ keys.transpose(-2, -1)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, float("-inf"))
         if scores.dtype == torch.float32 and not (scores.requires_grad or is_exporting()):

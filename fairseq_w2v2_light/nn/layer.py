@@ -92,9 +92,9 @@ class EncoderLayer(nn.Module):
             attention_map = None
         else:
             hidden = self.self_attn_layer_norm(x, gates.hidden) if self.norm_first else x
-            queries = mean_pool(hidden, query_pool, mask)
-            heard = queries if kv_pool == query_pool else mean_pool(hidden, kv_pool, mask)
-            memory = self.self_attn.keys_values(heard, needs_key=attention_map is None)
+            asking = mean_pool(hidden, query_pool, mask)
+            asked = asking if kv_pool == query_pool else mean_pool(hidden, kv_pool, mask)
+            queries, memory = self.self_attn.project(asking, asked, needs_map=attention_map is None)
             memory = memory if past is None else past.extend(memory)
             hidden, attention_map = self.self_attn.attend(
                 queries,

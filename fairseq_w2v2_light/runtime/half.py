@@ -146,7 +146,7 @@ class HalfAttention(MultiheadAttention):
 
     def attend(
         self,
-        query: Tensor,
+        queries: Optional[Tensor],
         memory: KeyValue,
         key_mask: Optional[Tensor] = None,
         attention_map: Optional[Tensor] = None,
@@ -155,7 +155,7 @@ class HalfAttention(MultiheadAttention):
     ) -> Tuple[Tensor, Optional[Tensor]]:
         # what a stream remembers is fp32
         memory = KeyValue(None if memory.key is None else memory.key.to(HALF), memory.value.to(HALF))
-        return super().attend(query, memory, key_mask, attention_map, return_map, gates)
+        return super().attend(queries, memory, key_mask, attention_map, return_map, gates)
 
     def _split(self, x: Tensor) -> Tensor:
         return super()._split(x.to(HALF))

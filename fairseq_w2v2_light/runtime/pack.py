@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.activations import get_activation
+from ..nn.attention import KeyValue, MultiheadAttention
+from ..nn.config import EncoderConfig
+from ..nn.encoder import Encoder
 from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
@@ -274,6 +277,33 @@ class PackedUnsqueeze(Unsqueeze):
         return self.spread(self.linears[str(factor)](x), x, factor, time)
 
 
+class PackedAttention(MultiheadAttention):
+    """MultiheadAttention whose queries, keys and values of the same frames are one product.
+
+    A frame's row of the result is longer than it need be where it would take a multiple of 4 KiB: all frames of a head
+    would then share a few places of the cache. Of LARGE's attention that is a sixth of the time.
+    """
+
+    def __init__(self, attention: MultiheadAttention, rows: int):
+        nn.Module.__init__(self)
+        self.heads, self.head_dim, self.dropout = attention.heads, attention.head_dim, attention.dropout
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
+        weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+        gap = 16 if weight.size(0) * weight.element_size() % 4096 == 0 else 0
+        self.in_proj = PackedLinear(F.pad(weight, (0, 0, 0, gap)), F.pad(bias, (0, gap)), rows)
+        self.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias, rows)
+
+    def project(self, query: Tensor, key_value: Tensor, needs_map: bool = True) -> Tuple[Optional[Tensor], KeyValue]:
+        """See MultiheadAttention."""
+        asking = self.in_proj(query)
+        asked = asking if key_value is query else self.in_proj(key_value)
+        inner = self.heads * self.head_dim
+        queries, keys, values = (
+            self._split(rows.narrow(-1, part * inner, inner)) for part, rows in enumerate((asking, asked, asked))
+        )
+        return (queries, KeyValue(keys, values)) if needs_map else (None, KeyValue(None, values))
+
+
 def pack_(model: nn.Module, rows: int) -> bool:
     """Lays an fp32 model on a CPU out for inference, in place; it can be neither trained, moved nor saved after that.
 
@@ -294,6 +324,11 @@ def pack_(model: nn.Module, rows: int) -> bool:
 def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
     if isinstance(module, EncoderLayer):
         _pack_ffn(module, rows)
+    if isinstance(module, Encoder) and _asks_itself(module.config):
+        for layer in module.layers:
+            # a Linear: neither packed already nor of another precision
+            if isinstance(getattr(layer.self_attn, "q_proj", None), nn.Linear):
+                layer.self_attn = PackedAttention(layer.self_attn, rows)
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias, rows))
@@ -308,6 +343,12 @@ def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
                 setattr(module, name, PackedPositions(child))
         else:
             _pack_children(child, rows, convolutions)
+
+
+def _asks_itself(config: EncoderConfig) -> bool:
+    """Whether queries, keys and values are those of the same frames, in every layer and at every operating point."""
+    pools = config.operating_points.query
+    return pools == config.operating_points.key_value and len(pools) == 1 and config.attention_map_every == 1
 
 
 def _pack_ffn(layer: EncoderLayer, rows: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fairseq_w2v2_light.nn import Backbone, OperatingPoint, encoder_config
+from fairseq_w2v2_light.nn.attention import MultiheadAttention
 from fairseq_w2v2_light.nn.frontend import frame_lengths
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.streaming import Stream
@@ -260,6 +261,34 @@ def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
     with torch.no_grad():
         expected, _ = model.encode(wave, point=OperatingPoint(chunk=12))
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected.x, atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+@pytest.mark.parametrize("dim", (32, 1024))
+@pytest.mark.parametrize(
+    "pools, every, fused", [((1,), 1, True), ((2,), 1, True), ((1, 2), 1, False), ((1,), 2, False)]
+)
+def test_queries_keys_and_values_are_one_product_where_they_are_always_of_the_same_frames(dim, pools, every, fused):
+    """With 1,024 channels rows of the result would be 12 KiB long, and get a gap."""
+    changes = dict(query_pools=pools, kv_pools=pools, attention_map_every=every, dim=dim, encoder_layers=2)
+    model, packed = both(network, **changes)
+    assert [isinstance(layer.self_attn, pack.PackedAttention) for layer in packed.encoder.layers] == [fused] * 2
+    wave = torch.randn(2, 1300)
+    for point in model.config.operating_points.points():
+        for lengths in (None, torch.tensor([1300, 700])):
+            found, expected = (one.encode(wave, lengths, point)[0].x for one in (packed, model))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_product
+def test_the_one_product_answers_other_questions_too():
+    """Other frames, or a map that is there already: attention, as nothing here asks for it."""
+    attention = perturbed(MultiheadAttention(32, 4, head_dim=6))
+    packed = pack.PackedAttention(attention, 12)
+    query, key_value, attention_map = torch.randn(2, 5, 32), torch.randn(2, 9, 32), torch.rand(2, 4, 5, 9)
+    for arguments in ((query, query), (query, key_value), (query, key_value, None, attention_map)):
+        found, expected = packed(*arguments), attention(*arguments)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_product
