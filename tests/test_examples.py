@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import soundfile
 from tiny_checkpoints import LAYOUTS, SHAPE, container, ctc_model, letters, save_checkpoint, save_ctc
 
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
+from fairseq_w2v2_light.study.experiment import localised
 
 ROOT = Path(__file__).resolve().parents[1]
 STRIDE_320 = "[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2"
@@ -47,6 +49,14 @@ def noise(tmp_path):
         (data / f"{split}.ltr").write_text("A B | A |\n" * 6)
     (data / "dict.ltr.txt").write_text("| 2\nA 2\nB 1\n")
     return data
+
+
+def test_an_output_folder_belongs_to_one_corpus(tmp_path, noise):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(noise, other)
+    assert [localised(noise, out) for _ in range(2)] == [out / "data"] * 2
+    with pytest.raises(ValueError, match=f"{out}: what is there was trained on {noise}, not on {other}; give another"):
+        localised(other, out)
 
 
 def test_distill_compares_its_ways(tmp_path, noise):

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Tuple
 
 from fairseq_w2v2_light.cli.main import main as w2v2_light
-from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import PLAIN, train
+from fairseq_w2v2_light.study.experiment import PLAIN, localised, train
 
 # half the frontend's channels of the uncompressed model, and narrower layers
 STUDENT = [
@@ -74,9 +73,7 @@ def main() -> None:
     )
     parser.add_argument("--points", help="operating points of the stochastic models to measure")
     args = parser.parse_args()
-    data = args.out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(args.data, data)
+    data = localised(args.data, args.out)
 
     models = list(args.others)
     for way in args.ways:

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 from fairseq_w2v2_light.cli.main import main as w2v2_light
-from fairseq_w2v2_light.data.manifest import localise_manifest
-from fairseq_w2v2_light.study.experiment import PLAIN, train
+from fairseq_w2v2_light.study.experiment import PLAIN, localised, train
 
 LIGHT = ["model.unique_layers=2"]  # two stored layers serve four
 # half an hour of speech is little: more masks, dropout and updates than the recipe's serve every point
@@ -34,9 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     start = time.time()
-    data = args.out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(args.data, data)
+    data = localised(args.data, args.out)
 
     models = {}
     if "light" in args.models:

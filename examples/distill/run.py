@@ -14,9 +14,8 @@ import statistics
 from pathlib import Path
 
 from fairseq_w2v2_light.cli.main import main as w2v2_light
-from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
-from fairseq_w2v2_light.study.experiment import decode, train, train_plain
+from fairseq_w2v2_light.study.experiment import decode, localised, train, train_plain
 
 STUDENT = [
     "model.recipe_overrides.conv_feature_layers='[(16,10,5),(32,3,2),(48,3,2),(64,3,2),(96,3,2),(96,2,2),(96,2,2)]'",
@@ -41,9 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
     args = parser.parse_args()
-    data = args.out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(args.data, data)
+    data = localised(args.data, args.out)
     teacher = args.teacher or train_plain(data, args.out / "teacher", args.teacher_updates, say)
     teacher = teacher.resolve()
     graph = data / "denominator.npz"

@@ -15,10 +15,9 @@ import shlex
 from pathlib import Path
 
 from fairseq_w2v2_light.cli.main import main as w2v2_light
-from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
 from fairseq_w2v2_light.study.cost import cost, load_subject
-from fairseq_w2v2_light.study.experiment import decode, train, train_plain
+from fairseq_w2v2_light.study.experiment import decode, localised, train, train_plain
 from fairseq_w2v2_light.study.speed import compare_real_time_factors
 
 SPLITS = ("valid", "test")
@@ -43,9 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    data = args.out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(args.data, data)
+    data = localised(args.data, args.out)
     frontend = [f'model.conv_feature_layers="{args.frontend}"'] if args.frontend else []
     start = args.checkpoint or train_plain(data, args.out / "start", args.first_updates, say, frontend)
     start = start.resolve()

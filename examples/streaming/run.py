@@ -13,10 +13,9 @@ import json
 import re
 from pathlib import Path
 
-from fairseq_w2v2_light.data.manifest import localise_manifest
 from fairseq_w2v2_light.files import atomic_write_text
 from fairseq_w2v2_light.study.cost import load_subject
-from fairseq_w2v2_light.study.experiment import decode, train, train_plain
+from fairseq_w2v2_light.study.experiment import decode, localised, train, train_plain
 from fairseq_w2v2_light.study.latency import latency
 
 STUDENT = [
@@ -51,9 +50,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="of stage 2")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    data = args.out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(args.data, data)
+    data = localised(args.data, args.out)
     teacher = args.teacher or train_plain(data, args.out / "teacher", args.teacher_updates, say)
     teacher = teacher.resolve()
 

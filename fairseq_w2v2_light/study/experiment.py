@@ -11,11 +11,29 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Union
 
+from ..data.manifest import localise_manifest, read_manifest
 from ..files import atomic_write_text
 from ..paths import config_dir, user_dir
 
 _UPDATE = re.compile(r"num_updates=(\d+)")
 _VALID = re.compile(r"num_updates (\d+)")
+
+
+def localised(source: Path, out: Path) -> Path:
+    """`out`/data: the manifest folder `source` with absolute roots, as fairseq wants them; made where it is missing.
+
+    Raises ValueError where it is of another folder, which what was trained in `out` belongs to.
+    """
+    data = out / "data"
+    if not (data / "train.tsv").is_file():
+        localise_manifest(source, data)
+    found = Path(read_manifest(data / "train.tsv").root)
+    expected = (source / read_manifest(source / "train.tsv").root).resolve()
+    if found != expected:
+        raise ValueError(
+            f"{out}: what is there was trained on {found}, not on {expected}; give another folder as --out"
+        )
+    return data
 
 
 def train(
