@@ -14,7 +14,7 @@ import soundfile
 from tiny_checkpoints import LAYOUTS, SHAPE, container, ctc_model, letters, save_checkpoint, save_ctc
 
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
-from fairseq_w2v2_light.study.experiment import localised
+from fairseq_w2v2_light.study.experiment import localised, train
 
 ROOT = Path(__file__).resolve().parents[1]
 STRIDE_320 = "[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2"
@@ -59,6 +59,21 @@ def test_an_output_folder_belongs_to_one_corpus(tmp_path, noise):
         localised(other, out)
 
 
+def test_what_was_trained_with_other_settings_is_not_gone_on_with(tmp_path):
+    (tmp_path / "command.txt").write_text("common.seed=1 optimization.max_update=2")
+    (tmp_path / "checkpoint_last.pt").touch()
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}: what is there was trained with other settings \(.*common.seed=1"
+    ):
+        train("finetuning/tiny", tmp_path, tmp_path, ["common.seed=2"], 2, report=lambda line: None)
+
+
+def test_a_corpus_without_a_split_is_refused_before_anything_is_trained(tmp_path, noise):
+    (noise / "test.ltr").unlink()
+    with pytest.raises(FileNotFoundError, match="test.ltr: no such file; expected a manifest folder with train, valid"):
+        localised(noise, tmp_path / "out")
+
+
 def test_distill_compares_its_ways(tmp_path, noise):
     """From a teacher that it trains first."""
     arguments = ["--updates", "2", "--teacher-updates", "2", "2", "--seeds", "1"]
@@ -99,7 +114,7 @@ def test_compare_means_over_its_seeds(tmp_path, noise):
     run_example("compare", str(noise), "--out", str(out), *few, "--seeds", "1")
     rows = rows_of(out / "results.md")
     names = ["uncompressed", "shared, stochastic", "distilled", "distilled, streaming (480 ms)"]
-    names += ["pruned, 40 % of the MACs", "shared, stochastic, distilled"]
+    names += ["pruned by 40 % of the MACs", "shared, stochastic, distilled"]
     assert [row[:1] + row[2:3] for row in rows] == [[name, dtype] for name in names for dtype in ("float32", "int8")]
     assert all(float(row[5]) > 0 and float(row[6]) > 0 and not any(" to " in cell for cell in row) for row in rows)
     assert (out / "test/tradeoff.html").is_file()

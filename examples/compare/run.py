@@ -51,8 +51,15 @@ WAYS = {
     "shared": ("shared, stochastic", (400, 3500), ALL_POINTS),
     "distilled": ("distilled", (4000,), ""),
     "streaming": ("distilled, streaming (480 ms)", (2000,), ""),
-    "pruned": ("pruned, 40 % of the MACs", (900, 600), ""),
+    "pruned": ("pruned by 40 % of the MACs", (900, 600), ""),
     "combined": ("shared, stochastic, distilled", (4000,), "s1q1k1,s1q2k2,s2q1k2,s3q2k2"),
+}
+# what a way goes on from, on a second corpus, besides its own; students have the uncompressed model as their teacher
+STARTS = {
+    "distilled": ["plain", "distilled"],
+    "streaming": ["plain", "distilled"],
+    "pruned": ["plain"],
+    "combined": ["plain", "combined"],
 }
 DTYPES = "float32,int8"
 SPLITS = ("valid", "test")
@@ -75,6 +82,12 @@ def main() -> None:
     args = parser.parse_args()
     data = localised(args.data, args.out)
 
+    own = [name for name, _, _ in WAYS.values()]
+    if any(other.partition("=")[0] in own for other in args.others):
+        raise SystemExit(f"--others: found {' '.join(args.others)}, expected other names than {', '.join(own)}")
+    if args.start:  # before anything is trained for nothing
+        for way in {start for way in args.ways for start in STARTS.get(way, [way])}:
+            [started(way, seed, args) for seed in args.seeds]
     models = list(args.others)
     for way in args.ways:
         name, _, points = WAYS[way]
@@ -166,7 +179,7 @@ def by_ctc(recipe: str, data: Path, out: Path, settings: Iterable[str], seed: in
 def teacher(data: Path, args) -> List[str]:
     """The criterion's: the uncompressed model of the first seed, of all students."""
     checkpoint = train_plain(args.seeds[0], data, args)
-    cache = (args.out / "cache").resolve()
+    cache = (args.out / f"cache_seed{args.seeds[0]}").resolve()
     return [f"criterion.teacher={checkpoint.resolve()}", f"criterion.teacher_cache={cache}"]
 
 
@@ -227,8 +240,8 @@ def mean(rows: List[Dict[str, str]], column: str) -> float:
 
 def spread(rows: List[Dict[str, str]], column: str) -> str:
     """The mean over the seeds, and from the lowest to the highest."""
-    values = [float(row[column] or "nan") for row in rows]
-    text = f"{mean(rows, column):.2f}" if all(row[column] for row in rows) else "-"
+    values = [float(row[column]) for row in rows]
+    text = f"{mean(rows, column):.2f}"
     return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from dataclasses import asdict
 from typing import List, Sequence, Tuple
 
@@ -98,7 +99,7 @@ def parse_models(words: Sequence[str]) -> List[Tuple[str, Tuple[str, ...]]]:
     """Models, each with the overrides that follow it; raises ValueError for overrides that follow none."""
     models: List[Tuple[str, Tuple[str, ...]]] = []
     for word in words:
-        if not (word.startswith("model.") and "=" in word):
+        if os.path.exists(word) or not (word.startswith("model.") and "=" in word):
             models.append((word, ()))
         elif models:
             models[-1] = (models[-1][0], (*models[-1][1], word))
@@ -135,7 +136,7 @@ def run_training(args, models, settings) -> int:
 
     refused = {"--dtypes": args.dtypes != ["float32"], "--operating-points": args.operating_points != [""]}
     refused.update({"--device": args.device != "cpu", "--against": args.against != ["none"]})
-    refused["--compile"] = args.compile
+    refused.update({"--compile": args.compile, "--repeats (--updates)": args.repeats is not None})
     if any(refused.values()):
         options = ", ".join(option for option, given in refused.items() if given)
         raise ValueError(

@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
         "source", help="a recipe (YAML path, or name such as pretraining/sew_tiny) , a checkpoint, or a model folder"
     )
     parser.add_argument("overrides", nargs="*", help="model.KEY=VALUE, e.g. model.unique_layers=12")
-    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of 16 kHz audio (default: 10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of audio (default: 10)")
     parser.add_argument(
         "--operating-point", default="", help="e.g. s2q1k2, streaming s1q1k1c24 (default: the model's own)"
     )
@@ -30,7 +30,12 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds: found {args.seconds:g}, expected a positive number")
+    if args.vocabulary is not None and args.vocabulary < 1:
+        raise ValueError(f"--vocabulary: found {args.vocabulary}, expected 1 or more labels")
     subject = load_subject(args.source, args.overrides, args.vocabulary)
+    if args.vocabulary not in (None, subject.vocabulary):
+        own = f"its {subject.vocabulary} labels" if subject.vocabulary else "no CTC head"
+        raise ValueError(f"--vocabulary: '{args.source}' has {own}; leave the option out")
     if args.latency:
         result, form = latency(subject, args.operating_point), format_latency
     else:

@@ -19,9 +19,8 @@ from ..study.stability import (
     stability,
     write_csv,
 )
+from .bench import parse_models
 from .transcribe import find_recordings
-
-_OVERRIDE = "model."
 
 
 def add_arguments(parser) -> None:
@@ -65,7 +64,7 @@ def run(args) -> int:
         from ..study.plot import load_pyplot
 
         load_pyplot()  # or its absence would be told after all the work
-    sources = _sources(args.models)
+    sources = parse_models(args.models)
     names = _names(args.names, sources)
     waves, audio = noise, "white noise, for want of speech (--audio)"
     if args.audio:
@@ -76,36 +75,26 @@ def run(args) -> int:
     results = []
     for (source, overrides), name in progress(zip(sources, names), "models", len(sources)):
         results.append(stability(load_model(source, overrides, args.operating_point, name), waves))
-    if args.out is not None:
-        plot_stability(results, args.out / "stability.png", audio)
-        write_csv(results, args.out / "stability.csv")
     if args.json:
         print(
             json.dumps({"analysis": READING, "audio": audio, "models": [as_record(one) for one in results]}, indent=2)
         )
     else:
-        print(format_stability(results, audio))
+        print(format_stability(results, audio), flush=True)
+    # after the table: a full disk may refuse them
+    if args.out is not None:
+        write_csv(results, args.out / "stability.csv")
+        plot_stability(results, args.out / "stability.png", audio)
     return 0
 
 
-def _sources(arguments: Sequence[str]) -> List[Tuple[str, List[str]]]:
-    """Models, each with the overrides that follow it."""
-    sources: List[Tuple[str, List[str]]] = []
-    for argument in arguments:
-        if not argument.startswith(_OVERRIDE) or "=" not in argument:
-            sources.append((argument, []))
-        elif sources:
-            sources[-1][1].append(argument)
-        else:
-            raise ValueError(f"'{argument}': found before any model; an override stands behind the recipe it is of")
-    return sources
-
-
-def _names(text: str, sources: Sequence[Tuple[str, List[str]]]) -> List[str]:
+def _names(text: str, sources: Sequence[Tuple[str, Tuple[str, ...]]]) -> List[str]:
     if not text:
         return [" ".join([source, *overrides]) for source, overrides in sources]
     names = [name.strip() for name in text.split(",")]
-    if len(names) != len(sources) or not all(names):
+    if not all(names):
+        raise ValueError(f"--names {text}: found an empty name, expected one for each of {len(sources)} models")
+    if len(names) != len(sources):
         raise ValueError(f"--names {text}: found {len(names)} names, expected one for each of {len(sources)} models")
     return names
 

@@ -80,6 +80,8 @@ def run(args) -> int:
     from ..study.tradeoff import format_table, measure_tradeoff, write_tradeoff
 
     if args.out is not None:
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out}: a file; expected a folder")
         args.out.mkdir(parents=True, exist_ok=True)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -94,11 +96,12 @@ def run(args) -> int:
         lambda text: normalised(args, text),
         recognition_options.note,
     )
+    # before the files, which a full disk may refuse after hours of work
+    print(json.dumps(result.record(), indent=2, ensure_ascii=False) if args.json else format_table(result), flush=True)
     if args.out is not None:
         split = args.split or (DEFAULT_SPLIT if args.references.is_dir() else "")
         title = args.title or f"Accuracy and cost on {args.references.resolve().name} {split}".strip()
         write_tradeoff(result, args.out, title, recognition_options.note)
-    print(json.dumps(result.record(), indent=2, ensure_ascii=False) if args.json else format_table(result))
     return 0
 
 
@@ -136,6 +139,12 @@ def _parts(text: str, points: str) -> Tuple[str, str, str]:
         text, points = head, tail
     if "=" in text and not os.path.exists(text):
         name, _, text = text.partition("=")
+    model, _, tail = text.rpartition("@")
+    if not os.path.exists(text) and os.path.exists(model):
+        try:
+            [OperatingPoint.parse(point) for point in tail.split(",")]
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}; expected a list of operating points behind @, all or own") from None
     return name.strip(), text, points
 
 

@@ -46,7 +46,8 @@ def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
     try:
         state = compat.read_checkpoint(path)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{key}: {error}") from error
     try:
         cfg = _as_config(state.get("cfg") or state["args"])
     except Exception as error:  # hydra and omegaconf raise nearly any type on what they do not know

@@ -33,7 +33,10 @@ def contrastive_logits(
         rows = torch.cat([targets.unsqueeze(-1), negatives], dim=-1)
         logits = (compared.flatten(0, 1) @ candidates.t()).gather(1, rows.flatten(0, 1)).view_as(rows)
         # equal vectors have the same number
-        numbers = torch.unique(pool.detach(), dim=0, return_inverse=True)[1]
+        values = pool.detach()
+        # as CUDA's unique of rows has no bfloat16 everywhere
+        values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+        numbers = torch.unique(values, dim=0, return_inverse=True)[1]
         is_target = numbers[negatives] == numbers[targets].unsqueeze(-1)
         if drawn is not None:
             more = torch.einsum("btd,mbtd->btm", compared, _normalised(drawn))

@@ -92,15 +92,15 @@ def apply_overrides(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
         if key not in model:
             raise ValueError(f"override 'model.{key}': the model has no such key")
         if isinstance(model[key], str):
-            values[key] = _unquoted(text)
+            values[key] = unquoted(text)
         else:
-            text = _unquoted(text) if OmegaConf.is_list(model[key]) else text
+            text = unquoted(text) if OmegaConf.is_list(model[key]) else text
             values[key] = _parse_value(key, text)
             check_type(model._name, key, values[key], "override")
     return OmegaConf.merge(model, OmegaConf.create(values))
 
 
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
     return text.strip(" '\"")
 
 

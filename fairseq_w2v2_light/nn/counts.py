@@ -98,7 +98,9 @@ def count_macs(
     field, hop = receptive_field(config.conv_layers)
     fewest = field - config.frontend_padding
     if samples < fewest:
-        raise ValueError(f"audio of {samples} samples is too short to count: one frame needs {fewest} samples")
+        raise ValueError(
+            f"audio of {samples} samples is too short to count: one frame needs {fewest} samples; count more seconds"
+        )
     widths = widths_of(config) if widths is None else widths
     frames = config.frames(samples)
     blocks = _blocks(config, samples, hop, point)

@@ -136,9 +136,9 @@ def rank(
     macs = {point: whole_macs(config, point, labels, sample_rate) for point in points}
     entries = recorded(about, config)
     measured = {point: float(entries[point]["wer"]) for point in points if point in entries}
-    of = {str(entries[point].get("references", "")) for point in measured}
+    of = {tuple(str(entries[point].get(key, "")) for key in ("references", "decoder")) for point in measured}
     if len(measured) == len(points) and len(of) == 1:
-        references = of.pop()
+        references, _ = of.pop()
         order = sorted(points, key=lambda point: (measured[point], macs[point]))
         return Ranking(tuple(order), "WER", measured, f"by WER{references and f' on {references}'}")
     order = sorted(points, key=lambda point: (-macs[point], -(point.chunk or math.inf)))
@@ -147,7 +147,7 @@ def rank(
     elif not measured:
         why = "by MACs, as no WERs are recorded"
     elif len(of) > 1:
-        why = "by MACs, as the recorded WERs are of different references"
+        why = "by MACs, as the recorded WERs are of different references or decoders"
     else:
         why = f"by MACs, as WERs are recorded of {len(measured)} of {len(points)} points"
     return Ranking(tuple(order), "MACs", macs, why)

@@ -148,9 +148,9 @@ class Recognizer:
         model = load_ctc(folder_or_checkpoint, dictionary)
         try:
             recognizer = cls(model, operating_point, decoder)
+            recognizer.dtype = prepare_(model, dtype, _PACK_ROWS)
         except ValueError as error:
             raise ValueError(f"{folder_or_checkpoint}: {error}") from error
-        recognizer.dtype = prepare_(model, dtype, _PACK_ROWS)
         return recognizer
 
     def transcribe(

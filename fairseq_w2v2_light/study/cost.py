@@ -1,6 +1,6 @@
 """What a model costs: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
 from ..models.parts import PARTS, part_of
-from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe
+from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe, unquoted
 from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, network_config
 from ..nn.backbone import Backbone
 from ..nn.config import EncoderConfig
@@ -37,6 +37,7 @@ class Subject:
     pretraining_heads: bool = False
     normalizes: bool = False
     stored_dtype: Optional[str] = None
+    sample_rate: int = SAMPLE_RATE
 
     @property
     def network(self) -> EncoderConfig:
@@ -66,11 +67,12 @@ class FolderSubject:
     name: str = "model folder"
     pretraining_heads: bool = False
     stored_dtype: str = "float32"
+    sample_rate: int = SAMPLE_RATE
 
     def build(self) -> nn.Module:
         """The network, without memory."""
         with torch.device("meta"):
-            return Backbone(self.network)
+            return Backbone(replace(self.network, prune_units=()))
 
 
 def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Union[Subject, FolderSubject]:
@@ -86,7 +88,8 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
             raise ValueError(f"'{source}': a model folder is as it is; leave out {' '.join(overrides)}")
         model = read_folder(source)
         labels = len(model.symbols)
-        return FolderSubject(model.config, str(model.point), labels, model.normalize, stored_dtype=model.stored_dtype)
+        own = dict(stored_dtype=model.stored_dtype, sample_rate=model.sample_rate)
+        return FolderSubject(model.config, str(model.point), labels, model.normalize, **own)
     if is_checkpoint_file(source):
         return _checkpoint_subject(source, changes)
     recipe = load_recipe(source)
@@ -97,7 +100,9 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
     if name not in CTC_MODELS:
         raise ValueError(f"'{source}': a recipe of model '{name}', expected one of {', '.join(ENCODER_MODELS)}")
 
-    own = {key: changes.pop(key) for key in ("recipe", "w2v_path", "keep_pretraining_heads") if key in changes}
+    own = {
+        key: unquoted(changes.pop(key)) for key in ("recipe", "w2v_path", "keep_pretraining_heads") if key in changes
+    }
     settings = {**OmegaConf.to_container(recipe.model), **own}
     if settings.get("w2v_path"):
         model = load_encoder(settings["w2v_path"], "model.w2v_path").cfg.model
@@ -137,7 +142,8 @@ def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
     keeps_heads = bool(state["cfg"].model.get("keep_pretraining_heads", False))
     changes = _with_causal_positions(encoder.cfg.model, changes)
     model = apply_overrides(encoder.cfg.model, changes)
-    return Subject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg))
+    rate = int((encoder.cfg.get("task") or {}).get("sample_rate") or SAMPLE_RATE)
+    return Subject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg), sample_rate=rate)
 
 
 def count_parameters(subject: Union[Subject, FolderSubject]) -> Dict[str, int]:
@@ -170,9 +176,9 @@ def cost(
     `parameters_with_pretraining_heads` what a CTC model would have had it kept those (Shrinking Bigfoot counts so, and
     so do others who say 317 M); `bytes` in fp32, `bytes_by_dtype` those of a model folder, which stores no heads of
     pre-training and no mask vector; `stored_dtype`: of a folder's weights, None of others; `macs` of inference on
-    `seconds` of 16 kHz audio at the operating point (`point`, else the model's own): squeezing is a part of the
-    positions, whose strided convolution does it, and of `unsqueeze`; `latency_ms`: the algorithmic one there, None
-    where it is unbounded; `kept`: what pruning left, see `kept_widths`.
+    `seconds` of audio, at the model's sample rate and the operating point (`point`, else the model's own): squeezing is
+    a part of the positions, whose strided convolution does it, and of `unsqueeze`; `latency_ms`: the algorithmic one
+    there, None where it is unbounded; `kept`: what pruning left, see `kept_widths`.
 
     With `dry_run`, which takes a second, also `activation_bytes` of that inference, the most alive at once, and
     `activation_bytes_by_part`: the most during the frontend and during the Transformer; see study/memory.py.
@@ -181,7 +187,7 @@ def cost(
     chosen = operating_point(subject, point)
     model = subject.build()
     parameters, dropped = _count_parameters(subject, model)
-    samples = round(seconds * SAMPLE_RATE)
+    samples = round(seconds * subject.sample_rate)
     macs = count_macs(config, samples, chosen, subject.vocabulary)
     waits = algorithmic_latency(config, chosen)
     total = sum(parameters.values())
@@ -200,7 +206,7 @@ def cost(
         "operating_point": str(chosen),
         "macs": sum(macs.values()),
         "macs_by_part": macs,
-        "latency_ms": None if waits is None else 1000 * waits.total / SAMPLE_RATE,
+        "latency_ms": None if waits is None else 1000 * waits.total / subject.sample_rate,
         "layers": config.depth,
         "unique_layers": config.unique_layers,
         "attention_maps": -(-config.depth // config.attention_map_every),

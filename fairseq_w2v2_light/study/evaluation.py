@@ -69,8 +69,14 @@ def scored(
     ]
     result = Result(utterances, totals(utterances), about or {})
     if not result.totals.words.reference:
-        raise ValueError(f"{references[0].where}: the references hold no words; the word error rate is undefined")
+        require_words(references, normalise)
     return result
+
+
+def require_words(references: List[Reference], normalise: Callable[[str], str] = str) -> None:
+    """Raises ValueError where no reference holds a word."""
+    if not any(normalise(reference.text).split() for reference in references):
+        raise ValueError(f"{references[0].where}: the references hold no words; the word error rate is undefined")
 
 
 def check_references(references: List[Reference]) -> None:
@@ -89,4 +95,5 @@ def check_references(references: List[Reference]) -> None:
         try:
             check_audio(reference.path)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{reference.where}: {error}") from None
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{reference.where}: {error}") from None

@@ -22,11 +22,18 @@ _VALID = re.compile(r"num_updates (\d+)")
 def localised(source: Path, out: Path) -> Path:
     """`out`/data: the manifest folder `source` with absolute roots, as fairseq wants them; made where it is missing.
 
-    Raises ValueError where it is of another folder, which what was trained in `out` belongs to.
+    Raises ValueError where it is of another folder, which what was trained in `out` belongs to, and FileNotFoundError
+    where a split or its letter labels are missing.
     """
+    for name in (f"{split}.{ending}" for split in ("train", "valid", "test") for ending in ("tsv", "ltr")):
+        if not (source / name).is_file():
+            raise FileNotFoundError(
+                f"{source / name}: no such file; expected a manifest folder with train, valid and test and their "
+                "letter labels, as `w2v2-light prepare` makes it"
+            )
     data = out / "data"
-    if not (data / "train.tsv").is_file():
-        localise_manifest(source, data)
+    if not all((data / f"{split}.tsv").is_file() for split in ("train", "valid", "test")):
+        localise_manifest(source, data, force=True)
     found = Path(read_manifest(data / "train.tsv").root)
     expected = (source / read_manifest(source / "train.tsv").root).resolve()
     if found != expected:
@@ -50,7 +57,7 @@ def train(
     `out`; a run that was stopped goes on where it was. Returns the last checkpoint, at the end of the learning rate's
     schedule: a few hundred words of validation choose a best one by chance (on connected digits, the best of six by
     valid WER once made 33 errors on the test split, the last one 17). Raises RuntimeError with the end of the log when
-    the command fails.
+    the command fails, and ValueError where `out` holds what was trained with other settings.
     """
     out.mkdir(parents=True, exist_ok=True)
     group, name = recipe.rsplit("/", 1)
@@ -72,6 +79,7 @@ def train(
     if finished.is_file() and finished.read_text(encoding="utf-8") == shlex.join(command[1:]):
         report(f"  finished before; remove {out} to train again")
         return out / "checkpoint_last.pt"
+    _require_same_settings(out, command[1:])
     start = time.time()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment())
     last = 0
@@ -85,6 +93,20 @@ def train(
     atomic_write_text(finished, shlex.join(command[1:]))
     report(f"  done in {time.time() - start:.0f} s; log: {log}")
     return out / "checkpoint_last.pt"
+
+
+def _require_same_settings(out: Path, arguments: Sequence[str]) -> None:
+    """Notes the settings of a run; fairseq would go on with the checkpoint of another one as if it were this one's."""
+    file = out / "command.txt"
+    before = next((one.read_text(encoding="utf-8") for one in (file, out / "finished.txt") if one.is_file()), None)
+    if before is not None and (out / "checkpoint_last.pt").is_file():
+        changed = sorted(set(arguments) ^ set(shlex.split(before)))
+        if changed:
+            raise ValueError(
+                f"{out}: what is there was trained with other settings ({' '.join(changed)}); remove it, or give "
+                "another folder as --out"
+            )
+    atomic_write_text(file, shlex.join(arguments))
 
 
 # what makes light_stochastic_tiny a plain wav2vec 2.0

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, Dict, List
 
 from ..nn.config import EncoderConfig
-from ..nn.counts import SAMPLE_RATE
 from ..nn.frontend import receptive_field
 from ..nn.latency import algorithmic_latency
 from ..nn.operating_point import OperatingPoint
@@ -16,7 +15,7 @@ _NORMALIZED = "task.normalize is true, with which training refuses a streaming m
 
 
 def latency(subject: Subject, point: str = "") -> Dict[str, Any]:
-    """The latency of a model as one JSON-ready dict; times in ms, all counts of samples at 16 kHz.
+    """The latency of a model as one JSON-ready dict; times in ms, counts of samples at the model's rate.
 
     `points`: its operating point (`point`, else its own) first, then, unless `point` names one, the others that only
     the chunk tells apart. Each has its parts, `total` and `mean` in `samples` and in `ms`, both None when it is
@@ -26,12 +25,12 @@ def latency(subject: Subject, point: str = "") -> Dict[str, Any]:
     field, hop = receptive_field(config.conv_layers)
     chosen = operating_point(subject, point)
     others = [] if point else [other for other in config.operating_points.points() if _differ_by_chunk(other, chosen)]
-    unbounded = _unbounded(subject, config, chosen)
+    unbounded, rate = _unbounded(subject, config, chosen), subject.sample_rate
     return {
         "model": subject.name,
         "operating_point": str(chosen),
-        "points": [_entry(config, one) for one in [chosen, *others]],
-        "sample_rate": SAMPLE_RATE,
+        "points": [_entry(config, one, rate) for one in [chosen, *others]],
+        "sample_rate": rate,
         "hop": hop,
         "receptive_field": field,
         "frontend_padding": config.frontend_padding,
@@ -49,18 +48,18 @@ def _differ_by_chunk(one: OperatingPoint, other: OperatingPoint) -> bool:
     return same and one.chunk != other.chunk
 
 
-def _entry(config: EncoderConfig, point: OperatingPoint) -> Dict[str, Any]:
+def _entry(config: EncoderConfig, point: OperatingPoint, rate: int) -> Dict[str, Any]:
     found = algorithmic_latency(config, point)
     entry = {"operating_point": str(point), "chunk_frames": point.chunk, "samples": None, "ms": None}
     if found is not None:
         parts = {name: getattr(found, name) for name in ("frontend", "positions", "chunk", "lookahead")}
         samples = {**parts, "total": found.total, "mean": found.mean}
-        entry.update(samples=samples, ms={name: _ms(value) for name, value in samples.items()})
+        entry.update(samples=samples, ms={name: _ms(value, rate) for name, value in samples.items()})
     return entry
 
 
-def _ms(samples: float) -> float:
-    return 1000 * samples / SAMPLE_RATE
+def _ms(samples: float, rate: int) -> float:
+    return 1000 * samples / rate
 
 
 def _unbounded(subject: Subject, config: EncoderConfig, point: OperatingPoint) -> List[str]:
@@ -75,9 +74,9 @@ def _unbounded(subject: Subject, config: EncoderConfig, point: OperatingPoint) -
     if not config.streams:
         hop = receptive_field(config.conv_layers)[1]
         ahead = config.conv_pos - 1 - config.conv_pos // 2
+        span = f"{ahead} frames ({_ms(ahead * hop, subject.sample_rate):.1f} ms)"
         reasons.append(
-            f"positions: a centred kernel of {config.conv_pos} taps hears {ahead} frames ({_ms(ahead * hop):.1f} ms) "
-            "ahead; this alone would be bounded"
+            f"positions: a centred kernel of {config.conv_pos} taps hears {span} ahead; this alone would be bounded"
         )
     return reasons
 
@@ -120,10 +119,11 @@ def format_latency(result: Dict[str, Any]) -> str:
 
 def _table(result: Dict[str, Any], entry: Dict[str, Any]) -> List[str]:
     hop, padding, field = result["hop"], result["frontend_padding"], result["receptive_field"]
+    rate = result["sample_rate"]
     past, left, ahead = result["position_taps"] - 1, result["left_context_frames"], result["lookahead_frames"]
     explained = {
-        "frontend": ("frontend window", f"{_span(field)}, {_span(padding)} of it before the frame"),
-        "positions": ("positions", f"causal: {past} frames ({_ms(past * hop):.1f} ms) of the past"),
+        "frontend": ("frontend window", f"{_span(field, rate)}, {_span(padding, rate)} of it before the frame"),
+        "positions": ("positions", f"causal: {past} frames ({_ms(past * hop, rate):.1f} ms) of the past"),
         "chunk": ("chunk", f"the first of {entry['chunk_frames']} frames waits for the others"),
         "lookahead": ("look-ahead", f"{ahead} frames after the chunk" if ahead else "none"),
         "total": ("total", "wait of a chunk's first frame"),
@@ -134,14 +134,14 @@ def _table(result: Dict[str, Any], entry: Dict[str, Any]) -> List[str]:
         lines.append(f"{name:<18}{entry['samples'][key]:>9,.0f}{entry['ms'][key]:>9.1f}   {text}")
     return [
         *lines,
-        f"history: {left} frames ({_ms(left * hop):.1f} ms) before the chunk, in every layer",
+        f"history: {left} frames ({_ms(left * hop, rate):.1f} ms) before the chunk, in every layer",
         f"frame t stands for samples {hop} t to {hop} t + {hop - 1}; no frame depends on a sample "
         f"{entry['samples']['total']:,} or more after its first; compute time is not counted",
     ]
 
 
-def _span(samples: int) -> str:
-    return f"{samples} samples ({_ms(samples):.1f} ms)"
+def _span(samples: int, rate: int) -> str:
+    return f"{samples} samples ({_ms(samples, rate):.1f} ms)"
 
 
 def _row_of(entry: Dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def plot_tradeoff(result: Tradeoff, path: Path, title: str = "") -> None:
         panel.step(*zip(*front), where="post", color="0.6", linewidth=1, linestyle="--")
         for model in models:
             own = [row for row in rows if row.model == model]
-            panel.plot(*zip(*map(place, own)), "o", label=_literal(model))
+            panel.plot(*zip(*map(place, own)), "o", label=literal(model))
         right, top = (1.2 * max(values) for values in zip(*map(place, rows)))
         panel.set_xlim(0, right)
         panel.set_ylim(0, top + 0.1)
@@ -52,19 +52,19 @@ def plot_tradeoff(result: Tradeoff, path: Path, title: str = "") -> None:
             if all(abs(x - a) > right / 8 or abs(y - b) > (top + 0.1) / 30 for a, b in written):
                 written.append((x, y))
                 side, shift = ("right", -5) if x > 0.7 * right else ("left", 5)
-                text = _literal(", ".join(names))
+                text = literal(", ".join(names))
                 panel.annotate(text, (x, y), (shift, 5), textcoords="offset points", ha=side, fontsize=8)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("WER %")
     if len(models) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(models), 4))
-    figure.suptitle(_literal(title))
+    figure.suptitle(literal(title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A text that matplotlib shows as it stands: no mathematics, and in a legend also with `_` before it."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -30,7 +30,7 @@ from ..runtime.ctc import normalized
 from ..runtime.folder import is_model_folder, read_folder
 from ..runtime.quantized import INT8, dequantize_
 from .cost import load_subject, operating_point
-from .plot import load_pyplot
+from .plot import literal, load_pyplot
 
 READING = "our reading of W2V2-Light's stability analysis, whose measure is not public"
 UNDEFINED = "undefined"
@@ -432,7 +432,7 @@ def plot_stability(results: Sequence[Stability], path: Path, audio: str) -> None
     figure = pyplot.figure(figsize=(4.5 * max(3, len(results)), 8.5))
     grid = figure.add_gridspec(2, columns)
     labels = [
-        f"{result.name} ({result.unique_layers} of {len(result.layers)} stored"
+        f"{literal(result.name)} ({result.unique_layers} of {len(result.layers)} stored"
         + (")" if result.trained else ", random weights)")
         for result in results
     ]
@@ -459,7 +459,7 @@ def plot_stability(results: Sequence[Stability], path: Path, audio: str) -> None
         axis.yaxis.get_major_locator().set_params(integer=True)
         maps.append(axis)
     figure.colorbar(image, ax=maps, fraction=0.02)
-    figure.suptitle(f"Stability across depth, over {audio}\n({READING})", fontsize=11)
+    figure.suptitle(f"Stability across depth, over {literal(audio)}\n({READING})", fontsize=11)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     pyplot.close(figure)

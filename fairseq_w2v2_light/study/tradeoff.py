@@ -23,7 +23,7 @@ from ..runtime.load import load_ctc
 from ..runtime.operating import machine
 from ..runtime.recognizer import Recognizer
 from ..runtime.scoring import Totals
-from .evaluation import WINDOW_SECONDS, check_references, recognise
+from .evaluation import WINDOW_SECONDS, check_references, recognise, require_words
 from .speed import interleaved_factors
 
 FILES = ("tradeoff.csv", "tradeoff.html", "tradeoff.png")
@@ -134,6 +134,7 @@ def measure_tradeoff(
     if times > 1:
         raise ValueError(f"{times} models are called {name!r}; give each a name of its own, NAME=PATH")
     check_references(references)
+    require_words(references, normalise)
     runs = _load(candidates, dtypes, dictionary, seconds)
     results = {}
     for number, (key, run) in enumerate(runs.items(), start=1):
@@ -342,4 +343,5 @@ def write_tradeoff(result: Tradeoff, out: Path, title: str, report: Callable[[st
     try:
         plot_tradeoff(result, names["png"], title)
     except ValueError as error:
+        names["png"].unlink(missing_ok=True)  # that of another run
         report(f"{names['png']}: left out: {error}")

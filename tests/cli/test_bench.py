@@ -102,6 +102,12 @@ def test_training_of_a_shared_stochastic_model_has_no_common_loss(capsys):
     assert ours[5].strip() == ours[7].strip() == ""
 
 
+def test_a_path_may_look_like_an_override(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.lr=0.1").mkdir()
+    assert parse_models(["a", "model.lr=0.1", "model.x=1"]) == [("a", ()), ("model.lr=0.1", ("model.x=1",))]
+
+
 def test_overrides_belong_to_the_recipe_before_them():
     words = ["a", "model.x=1", "model.y=2", "model.pt", "b", "model.x=3"]
     assert parse_models(words) == [("a", ("model.x=1", "model.y=2")), ("model.pt", ()), ("b", ("model.x=3",))]

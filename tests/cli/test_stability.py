@@ -89,8 +89,9 @@ def test_audio_by_file_folder_manifest_and_some_of_it(made, capsys):
     [
         (["none.pt"], "recipe 'none.pt': no such file or name"),
         (["PLAIN", "model.unique_layers=1"], "plain.pt': its weights fit the network that it has"),
-        (["model.unique_layers=1", "PLAIN"], "'model.unique_layers=1': found before any model"),
+        (["model.unique_layers=1", "PLAIN"], "'model.unique_layers=1': found an override before any model"),
         (["PLAIN", "--operating-point", "s9q1k1"], "not trained with squeeze factor 9"),
+        (["PLAIN", "PLAIN", "--names", "a,"], "--names a,: found an empty name, expected one for each of 2 models"),
         (["PLAIN", "--names", "a,b"], "--names a,b: found 2 names, expected one for each of 1 models"),
         (["PLAIN", "--utterances", "0"], "--utterances: found 0, expected 1 or more"),
         (["PLAIN", "--audio", "MADE"], "test.tsv: no such split; "),

@@ -149,6 +149,7 @@ def test_normalisation_and_tables(made, tmp_path, capsys):
     [
         (["{made}", "{light}", "--operating-points", "s3q1k1"], "{light}: operating point 's3q1k1': the model was not"),
         (["{made}", "{light}", "{other}@s2q1k1"], "{other}: operating point 's2q1k1': the model was not trained with"),
+        (["{made}", "{light}@s1q1k1,s2qlk1"], "{light}@s1q1k1,s2qlk1: operating point 's2qlk1': expected sSqQkK"),
         (["{made}", "{light}", "--operating-points", "fast"], "operating point 'fast': expected sSqQkK"),
         (["{made}", "{light}", "--split", "dev"], "dev.tsv: no such split; {made} has: silent, test"),
         (["{made}", "{light}@own", "--split", "silent"], "silent.tsv:2: the references hold no words"),
@@ -159,7 +160,7 @@ def test_normalisation_and_tables(made, tmp_path, capsys):
         (["{made}", "{light}", "--seconds", "nan"], "--seconds: found nan, expected a positive number"),
         (["{made}", "{light}", "--seconds", "0.001"], "audio of 16 samples is too short to count"),
         (["{made}", "{light}", "--repeats", "0"], "--repeats: found 0, expected 1 or more"),
-        (["{made}", "{light}", "--out", "{made}/test.tsv"], "test.tsv: File exists"),
+        (["{made}", "{light}", "--out", "{made}/test.tsv"], "--out {made}/test.tsv: a file; expected a folder"),
         (["{made}/test.wrd", "{light}"], "test.wrd:1: lines of text name no audio"),
     ],
 )

@@ -137,9 +137,11 @@ def test_otherwise_macs_do():
     assert names(ranking.points) == names(POINTS)
     ranking = rank(CONFIG, POINTS, 6, wers(s1q1k1=9, s2q2k1=1))
     assert names(ranking.points) == names(POINTS) and "WERs are recorded of 2 of 4 points" in ranking.why
-    about = wers(s1q1k1=9, s1q2k1=8, s2q1k1=7, s2q2k1=1)
-    about["operating_points"][0]["references"] = "other"
-    assert rank(CONFIG, POINTS, 6, about).why == "by MACs, as the recorded WERs are of different references"
+    for key in ("references", "decoder"):
+        about = wers(s1q1k1=9, s1q2k1=8, s2q1k1=7, s2q2k1=1)
+        about["operating_points"][0][key] = "other"
+        why = rank(CONFIG, POINTS, 6, about).why
+        assert why == "by MACs, as the recorded WERs are of different references or decoders"
 
 
 def test_of_chunks_the_larger_one_is_more_accurate():

@@ -6,7 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_checkpoints import SHAPE, STOCHASTIC, container, ctc_model, finetuned, letters, save_checkpoint, save_ctc
+from tiny_checkpoints import (
+    SHAPE,
+    STOCHASTIC,
+    STREAMING,
+    container,
+    ctc_model,
+    finetuned,
+    letters,
+    save_checkpoint,
+    save_ctc,
+)
 from torch import nn
 
 from fairseq_w2v2_light.cli.main import main
@@ -19,7 +29,10 @@ from fairseq_w2v2_light.nn.attention import MultiheadAttention
 from fairseq_w2v2_light.nn.counts import count_macs
 from fairseq_w2v2_light.nn.positions import WeightNormConv1d
 from fairseq_w2v2_light.nn.streaming import Stream
+from fairseq_w2v2_light.runtime.folder import write_folder
+from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.study.cost import Subject, cost, count_parameters, format_cost, load_subject
+from fairseq_w2v2_light.study.latency import latency
 
 TINY = "pretraining/light_stochastic_tiny"
 
@@ -43,11 +56,11 @@ def count_by_hooks(model, run):
 
     attend = MultiheadAttention.attend
 
-    def counted_attend(module, query, memory, key_mask=None, attention_map=None, return_map=False, gate=None):
+    def counted_attend(module, queries, memory, key_mask=None, attention_map=None, return_map=False, gate=None):
         nonlocal total
-        products = 1 if attention_map is not None else 2
-        total += products * query.size(0) * query.size(1) * memory.value.size(2) * module.heads * module.head_dim
-        return attend(module, query, memory, key_mask, attention_map, return_map, gate)
+        products, asking = (2, queries) if attention_map is None else (1, attention_map)
+        total += products * asking.size(2) * memory.value.numel()  # (batch, heads, time, ...) each
+        return attend(module, queries, memory, key_mask, attention_map, return_map, gate)
 
     hooks = []
     for module in model.modules():
@@ -289,6 +302,12 @@ def test_effective_parameters_are_those_of_the_unshared_model():
     assert shared["effective_parameters"] == unshared["parameters"] > shared["parameters"]
 
 
+def test_paths_may_stand_in_quotes(tmp_path):
+    path = finetuned(tmp_path, **STOCHASTIC)
+    plain, quoted = (cost(load_subject("finetuning/tiny", [f"model.w2v_path={text}"])) for text in (path, f"'{path}'"))
+    assert plain == quoted
+
+
 def test_fine_tuning_recipe_counts_the_ctc_model():
     result = cost(load_subject("finetuning/tiny", [f"model.recipe={TINY}"], vocabulary=20))
     pretraining = cost(load_subject(TINY, []))
@@ -384,7 +403,9 @@ def test_text_overrides_are_taken_as_they_stand():
         ([TINY, "--seconds", "0"], "--seconds: found 0"),
         ([TINY, "model.chunk_frames=[24]x"], "override 'model.chunk_frames=[24]x': not readable as a YAML value"),
         ([TINY, "model.chunk_frames=24"], "model.chunk_frames=24: expected a list, like [24]"),
-        ([TINY, "--seconds", "0.01"], "too short"),
+        ([TINY, "--seconds", "0.01"], "too short to count: one frame needs 400 samples; count more seconds"),
+        ([TINY, "--vocabulary", "32"], f"--vocabulary: '{TINY}' has no CTC head; leave the option out"),
+        (["finetuning/tiny", f"model.recipe={TINY}", "--vocabulary", "0"], "--vocabulary: found 0, expected 1 or more"),
         ([TINY, "model.layer_heads=[4,4]"], "layer_heads: found 2 numbers, expected one for each of 1 stored layers"),
         ([TINY, "model.layer_ffn=[8,8]"], "layer_ffn: found 2 numbers, expected one for each of 1 stored layers"),
         ([TINY, "model.conv_norm_dims=[8,8]"], "conv_norm_dims: found 2 numbers, expected one for each of 7 frontend"),
@@ -407,6 +428,16 @@ def test_a_model_folder_costs_what_its_checkpoint_does(tmp_path):
         assert found[key] == expected[key]
     # the vector that stands for masked frames is not needed any more
     assert found["parameters"] == expected["parameters"] - 32
+    streaming = finetuned(tmp_path, layout="large", **STREAMING)
+    folders = []
+    for rate in (16000, 8000):
+        model = load_ctc(streaming)
+        model.sample_rate = rate
+        write_folder(model, tmp_path / str(rate))
+        folders.append(load_subject(str(tmp_path / str(rate)), []))
+    at_16k, at_8k = (cost(folder, 2.0 * index) for index, folder in enumerate(folders, 1))
+    assert at_8k["macs_by_part"] == at_16k["macs_by_part"] and at_8k["latency_ms"] == 2 * at_16k["latency_ms"]
+    assert latency(folders[1])["points"][0]["ms"]["total"] == at_8k["latency_ms"]
     with pytest.raises(ValueError, match="a model folder is as it is; leave out model.encoder_layers=2"):
         load_subject(str(tmp_path / "folder"), ["model.encoder_layers=2"])
 
