@@ -86,8 +86,8 @@ def main() -> None:
     if any(other.partition("=")[0] in own for other in args.others):
         raise SystemExit(f"--others: found {' '.join(args.others)}, expected other names than {', '.join(own)}")
     if args.start:  # before anything is trained for nothing
-        for way in {start for way in args.ways for start in STARTS.get(way, [way])}:
-            [started(way, seed, args) for seed in args.seeds]
+        for needed in {start for way in args.ways for start in STARTS.get(way, [way])}:
+            [started(needed, seed, args) for seed in args.seeds]
     models = list(args.others)
     for way in args.ways:
         name, _, points = WAYS[way]
