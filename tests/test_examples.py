@@ -122,7 +122,7 @@ def test_compare_means_over_its_seeds(tmp_path, noise):
     run_example("compare", str(noise), "--out", str(out), *few, "--seeds", "1", "2", "--ways", "combined")
     rows = rows_of(out / "results.md")
     assert [row[:3] for row in rows] == [[names[-1], "s2q1k2", dtype] for dtype in ("float32", "int8")]
-    assert all(" to " in cell for row in rows for cell in row[7:])
+    assert all(row[3] == "2" and all(" to " in cell for cell in row[8:]) for row in rows)
 
     settings = ["--set", "optimization.update_freq=[2]", "--others", f"again={out / CHECKPOINT}"]
     second, ways = tmp_path / "second", {"plain": "finetuned", "shared": "finetuned", "combined": "."}

@@ -223,14 +223,14 @@ def format_results(results: Dict[str, List[Dict[str, str]]]) -> str:
             key = (row["model"].partition(SEED)[0], row["operating_point"], row["dtype"])
             groups.setdefault(key, {}).setdefault(split, []).append(row)
     last = SPLITS[-1]
-    head = ["model", "operating point", "weights", "parameters", "MiB", "GMACs (10 s)", "real-time factor"]
+    head = ["model", "operating point", "weights", "seeds", "parameters", "MiB", "GMACs (10 s)", "real-time factor"]
     head += [*(f"{split} WER %" for split in results), f"{last} CER %"]
     lines = [head, ["---"] * len(head)]
     for key, found in groups.items():
         counted = [mean(found[last], column) for column in ("parameters", "bytes", "macs", "real_time_factor")]
         cells = [f"{counted[0] / 1e6:.2f} M", f"{counted[1] / 2**20:.2f}", f"{counted[2] / 1e9:.2f}"]
         cells += [f"{counted[3]:.4f}", *(spread(found[split], "wer") for split in results), spread(found[last], "cer")]
-        lines.append([*key, *cells])
+        lines.append([*key, str(len(found[last])), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
