@@ -64,13 +64,11 @@ def scored(
     about: Optional[Dict[str, str]] = None,
 ) -> Result:
     """Scores one text for each reference; raises ValueError where the references hold no words."""
+    require_words(references, normalise)
     utterances = [
         score(reference.name, normalise(reference.text), normalise(text)) for reference, text in zip(references, texts)
     ]
-    result = Result(utterances, totals(utterances), about or {})
-    if not result.totals.words.reference:
-        require_words(references, normalise)
-    return result
+    return Result(utterances, totals(utterances), about or {})
 
 
 def require_words(references: List[Reference], normalise: Callable[[str], str] = str) -> None:
