@@ -135,20 +135,19 @@ def run_training(args, models, settings) -> int:
     from ..study.training import compare_updates, format_updates
 
     refused = {"--dtypes": args.dtypes != ["float32"], "--operating-points": args.operating_points != [""]}
-    refused.update({"--device": args.device != "cpu", "--against": args.against != ["none"]})
-    refused.update({"--compile": args.compile, "--repeats (--updates)": args.repeats is not None})
+    refused.update({"--against": args.against != ["none"], "--compile": args.compile})
+    refused["--repeats (--updates)"] = args.repeats is not None
     if any(refused.values()):
         options = ", ".join(option for option, given in refused.items() if given)
-        raise ValueError(
-            f"--training: updates are compared with stock fairseq's, on the CPU in fp32; leave out {options}"
-        )
+        raise ValueError(f"--training: updates are compared with stock fairseq's, in fp32; leave out {options}")
     updates = args.updates if args.updates is not None else 1 if args.smoke else 5
-    found, tables = machine(), []
+    found, tables = machine(args.device), []
     if not args.json:
         print(format_machine(found))
     for (source, overrides), setting in itertools.product(models, settings):
         numbers = setting.seconds, setting.batch_size, setting.threads
-        rows = compare_updates(source, overrides, *numbers, updates, memory=not args.no_memory)
+        memory, device = not args.no_memory, setting.device
+        rows = compare_updates(source, overrides, *numbers, updates, memory=memory, device=device)
         entry = {"recipe": source, "overrides": overrides, "setting": asdict(setting)}
         tables.append({**entry, "rows": [asdict(row) for row in rows]})
         if not args.json:

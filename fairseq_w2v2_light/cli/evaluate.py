@@ -20,7 +20,7 @@ from .stream import display_width
 _OF_A_MODEL = (
     *("operating_point", "auto_operating_point", "budget", "measure_again", "dtype", "beam", "lm", "lexicon"),
     *("lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold", "dictionary", "threads"),
-    *("all_points", "write_to_folder"),
+    *("device", "all_points", "write_to_folder"),
 )
 
 

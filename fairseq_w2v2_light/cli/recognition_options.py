@@ -58,6 +58,7 @@ def add_arguments(parser, several_points: bool = False, model_required: bool = T
     parser.add_argument("--sil-score", type=float, metavar="W", help="added for each silence, with --lm")
     parser.add_argument("--beam-threshold", type=float, metavar="X", help="how far behind the best a prefix may be")
     parser.add_argument("--dictionary", metavar="FILE", help="dict.ltr.txt, for a checkpoint that holds none")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
@@ -107,7 +108,12 @@ def recognizer(args, note: Callable[[str], None] = note, recordings: Sequence[An
 
     first = args.operating_point.split(",")[0].strip()
     made = Recognizer.from_pretrained(
-        args.model, operating_point=first, dtype=args.dtype, threads=args.threads, dictionary=args.dictionary
+        args.model,
+        operating_point=first,
+        dtype=args.dtype,
+        threads=args.threads,
+        dictionary=args.dictionary,
+        device=args.device or "cpu",
     )
     decoder = _decoder(args, made.labels)
     if decoder is not None:
@@ -138,6 +144,7 @@ def choose_point(args, made, note: Callable[[str], None], recordings: Sequence[A
         **operating.machine(torch.get_num_threads(), torch.__version__),
         "model": operating.fingerprint(args.model),
         "dtype": made.dtype,
+        **({"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}),
         "decoder": decoder_name(args),
         "lm": "" if args.lm is None else os.path.abspath(args.lm),
     }

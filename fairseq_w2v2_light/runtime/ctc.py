@@ -25,12 +25,14 @@ class CtcModel(nn.Module):
     that the model was not trained for.
 
     stored_dtype: of the weights in the file that the model was read from. prepared: whether it was laid out for fast
-    inference (runtime/prepare.py), and has no weights any more that could be saved.
+    inference (runtime/prepare.py), and has no weights any more that could be saved. input_dtype: of the audio that the
+    network hears, after it was normalised; None: as it is given.
     """
 
     blank = 0
     stored_dtype = "float32"
     prepared = False
+    input_dtype: Optional[torch.dtype] = None
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class CtcModel(nn.Module):
         lengths = _check_wave(wave, lengths)
         if self.normalize:
             wave = normalized(wave, lengths)
+        wave = wave if self.input_dtype is None else wave.to(self.input_dtype)
         point = self.point if point is None else point
         encoded, mask = self.backbone.encode(wave, lengths, point, keep_layers=False)
         logits = self.head(encoded.x)

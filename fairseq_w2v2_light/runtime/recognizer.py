@@ -27,7 +27,7 @@ from .beam import Token
 from .ctc import CtcModel
 from .incremental import BeamState, GreedyState
 from .load import load_ctc
-from .prepare import prepare_
+from .prepare import prepare_, require_device
 from .text import Labels
 from .windows import Window, Windowing, cut_windows, join_frame
 
@@ -134,13 +134,15 @@ class Recognizer:
         decoder: Optional[Any] = None,
         threads: Optional[int] = None,
         dictionary: Optional[Union[str, Path]] = None,
+        device: str = "cpu",
     ) -> Recognizer:
         """Reads a model folder or a fairseq CTC checkpoint, and makes it fast on this machine.
 
         dtype: "auto", "float32", "bfloat16" or "int8"; see `prepare_`. threads: of torch, in the whole process (None:
-        as they are). dictionary: a dict.ltr.txt, for a checkpoint that holds none. Raises FileNotFoundError and
-        ValueError that name the file and what is wrong with it.
+        as they are). dictionary: a dict.ltr.txt, for a checkpoint that holds none. device: "cpu" or "cuda". Raises
+        FileNotFoundError and ValueError that name the file and what is wrong with it.
         """
+        require_device(device)
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads: found {threads}, expected 1 or more")
@@ -148,7 +150,7 @@ class Recognizer:
         model = load_ctc(folder_or_checkpoint, dictionary)
         try:
             recognizer = cls(model, operating_point, decoder)
-            recognizer.dtype = prepare_(model, dtype, _PACK_ROWS)
+            recognizer.dtype = prepare_(model, dtype, _PACK_ROWS, device)
         except ValueError as error:
             raise ValueError(f"{folder_or_checkpoint}: {error}") from error
         return recognizer

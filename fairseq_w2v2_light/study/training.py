@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+from fairseq import utils as fairseq_utils
 from fairseq.criterions.wav2vec_criterion import Wav2vecCriterion
 from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
@@ -20,6 +22,8 @@ from ..models import W2V2LightModel
 from ..models.checkpoint import ENCODER_MODELS, STOCK_ENCODER, model_name
 from ..models.recipe import load_recipe
 from ..nn.counts import SAMPLE_RATE
+from ..runtime.prepare import require_device
+from .bench import timer
 from .cost import load_subject
 from .resident import in_own_process, resident
 from .speed import in_turns
@@ -38,7 +42,7 @@ class Side(NamedTuple):
     optimizer: FairseqAdam
 
 
-def batch(recipe: str, seconds: float, utterances: int, padded: bool = False) -> Dict[str, Any]:
+def batch(recipe: str, seconds: float, utterances: int, padded: bool = False, device: str = "cpu") -> Dict[str, Any]:
     """Synthetic utterances of different lengths, collated as fairseq does: cropped to the shortest, or padded."""
     task = load_recipe(recipe).task
     lengths = [LENGTHS[index % len(LENGTHS)] for index in range(utterances)]
@@ -47,10 +51,14 @@ def batch(recipe: str, seconds: float, utterances: int, padded: bool = False) ->
     waves = [torch.randn(round(length * unit), generator=generator) for length in lengths]
     dataset = RawAudioDataset(SAMPLE_RATE, pad=padded, normalize=task.normalize)
     samples = [{"id": index, "source": dataset.postprocess(wave, SAMPLE_RATE)} for index, wave in enumerate(waves)]
-    return dataset.collater(samples)
+    return move_to(device, dataset.collater(samples))
 
 
-def build(recipe: str, overrides: Sequence[str], stock: bool) -> Side:
+def move_to(device: str, sample: Dict[str, Any]) -> Dict[str, Any]:
+    return fairseq_utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
+
+
+def build(recipe: str, overrides: Sequence[str], stock: bool, device: str = "cpu") -> Side:
     """Model, criterion and optimizer of a recipe: fairseq's own, or ours."""
     subject, settings = load_subject(recipe, list(overrides)), load_recipe(recipe)
     weights = list(settings.criterion.loss_weights)
@@ -67,6 +75,7 @@ def build(recipe: str, overrides: Sequence[str], stock: bool) -> Side:
     options = {key: value for key, value in settings.optimizer.items() if key != "_name"}
     config = OmegaConf.merge(FairseqAdamConfig(), {**options, "tpu": False, "lr": settings.optimization.lr})
     name = "stock fairseq" if stock else "ours"
+    model.to(device)
     return Side(name, model.train(), criterion, FairseqAdam(config, list(model.parameters())))
 
 
@@ -94,8 +103,8 @@ def fixed_loss(side: Side, sample: Dict[str, Any]) -> float:
     inputs = dict(sample["net_input"])
     side.model.eval()
     with torch.no_grad():
-        rows, frames = side.model(**inputs, mask=False, features_only=True)["x"].shape[:2]
-        inputs["mask_indices"] = (torch.arange(frames) // 10 % 3 == 0).repeat(rows, 1)
+        x = side.model(**inputs, mask=False, features_only=True)["x"]
+        inputs["mask_indices"] = (torch.arange(x.size(1), device=x.device) // 10 % 3 == 0).repeat(x.size(0), 1)
         torch.manual_seed(0)
         loss, size, _ = side.criterion(side.model, {**sample, "net_input": inputs})
     side.model.train()
@@ -103,20 +112,36 @@ def fixed_loss(side: Side, sample: Dict[str, Any]) -> float:
 
 
 def peak_memory(
-    recipe: str, overrides: Sequence[str], seconds: float, utterances: int, threads: int, stock: bool = False
+    recipe: str,
+    overrides: Sequence[str],
+    seconds: float,
+    utterances: int,
+    threads: int,
+    stock: bool = False,
+    device: str = "cpu",
 ) -> Tuple[int, int]:
-    """Weights, and bytes that the model and two updates of it add to the memory of a process of their own at most."""
-    return in_own_process(_peak_of_updates, recipe, overrides, seconds, utterances, threads, stock)
+    """Weights, and bytes that the model and two updates of it add at most to the memory of a process of their own.
+
+    device: "cpu" or "cuda", whose memory is counted.
+    """
+    return in_own_process(_peak_of_updates, recipe, overrides, seconds, utterances, threads, stock, device)
 
 
-def _peak_of_updates(recipe, overrides, seconds, utterances, threads, stock) -> Tuple[int, int]:
+def _peak_of_updates(recipe, overrides, seconds, utterances, threads, stock, device) -> Tuple[int, int]:
     torch.set_num_threads(threads)
-    sample = batch(recipe, seconds, utterances)
-    before = resident("VmRSS")
-    side = build(recipe, overrides, stock)
+    sample = batch(recipe, seconds, utterances, device=device)
+    before = _taken("VmRSS", device)
+    side = build(recipe, overrides, stock, device)
     for _ in range(2):
         update(side, sample, clip_norm(recipe))
-    return sum(parameter.numel() for parameter in side.model.parameters()), resident("VmHWM") - before
+    return sum(parameter.numel() for parameter in side.model.parameters()), _taken("VmHWM", device) - before
+
+
+def _taken(what: str, device: str) -> int:
+    """Bytes that this process has (VmRSS) or had at most (VmHWM) in the memory of a device."""
+    if device == "cpu":
+        return resident(what)
+    return torch.cuda.memory_allocated() if what == "VmRSS" else torch.cuda.max_memory_allocated()
 
 
 @dataclass(frozen=True)
@@ -146,13 +171,15 @@ def compare_updates(
     updates: int = 5,
     clock: Callable[[], float] = time.perf_counter,
     memory: bool = True,
+    device: str = "cpu",
 ) -> List[UpdateRow]:
     """Complete updates of stock fairseq and of ours in turns (forward, backward, gradient norm, Adam); their memory.
 
     Both have the recipe's shape, hear the same noise, `utterances` of `seconds`, and run every layer in every update.
-    Where ours shares or squeezes nothing, they have the same weights, too. Raises ValueError for anything but a recipe
-    of one of our pre-training models.
+    Where ours shares or squeezes nothing, they have the same weights, too. device: "cpu" or "cuda". Raises ValueError
+    for anything but a recipe of one of our pre-training models, and for a GPU that is not there.
     """
+    require_device(device)
     if seconds <= 0 or updates < 1 or utterances < 1:
         raise ValueError(
             f"training: found {updates} updates of {utterances} utterances of {seconds:g} s, expected more than 0"
@@ -160,8 +187,8 @@ def compare_updates(
     _require_pretraining(recipe)
     overrides = ("model.encoder_layerdrop=0.0", *overrides) if not _sets_layerdrop(overrides) else tuple(overrides)
     torch.set_num_threads(threads)
-    sample, clip = batch(recipe, seconds * utterances, utterances), clip_norm(recipe)
-    sides = [build(recipe, overrides, stock) for stock in (True, False)]
+    sample, clip = batch(recipe, seconds * utterances, utterances, device=device), clip_norm(recipe)
+    sides = [build(recipe, overrides, stock, device) for stock in (True, False)]
     states = [side.model.state_dict() for side in sides]
     same = {name: value.shape for name, value in states[0].items()} == {
         name: value.shape for name, value in states[1].items()
@@ -171,17 +198,15 @@ def compare_updates(
         sides[1].model.load_state_dict(states[0])
         losses = [fixed_loss(side, sample) for side in sides]
 
-    def timed(side: Side) -> Callable[[], float]:
-        return lambda: sum(update(side, sample, clip, clock).values())
-
-    times = in_turns({side.name: timed(side) for side in sides}, updates)
+    calls = {side.name: functools.partial(update, side, sample, clip) for side in sides}
+    times = in_turns({name: timer(call, clock) for name, call in calls.items()}, updates)
     counts = [sum(parameter.numel() for parameter in side.model.parameters()) for side in sides]
     names = [side.name for side in sides]
-    del sides, states  # before other processes need memory
+    del sides, states, calls  # before other processes need memory
     peaks: List[Optional[int]] = [None, None]
     if memory:
         arguments = (recipe, overrides, seconds * utterances, utterances, threads)
-        peaks = [peak_memory(*arguments, stock=stock)[1] for stock in (True, False)]
+        peaks = [peak_memory(*arguments, stock=stock, device=device)[1] for stock in (True, False)]
     medians = [statistics.median(times[name]) for name in names]
     return [
         UpdateRow(

@@ -144,8 +144,10 @@ def test_an_unknown_dtype_is_refused(capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_is_refused_where_there_is_none(checkpoint, capsys):
-    assert main(["bench", checkpoint, "--device", "cuda"]) == 2
+@pytest.mark.parametrize("arguments", ([], ["--training"]))
+def test_cuda_is_refused_where_there_is_none(arguments, checkpoint, capsys):
+    source = TINY if arguments else checkpoint
+    assert main(["bench", source, *arguments, "--device", "cuda"]) == 2
     assert "finds no GPU here; choose --device cpu" in capsys.readouterr().err
 
 

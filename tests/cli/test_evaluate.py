@@ -172,6 +172,7 @@ def test_texts_that_cannot_be_scored(tmp_path, capsys, references, hypotheses, m
         (["--model", "m", "--hypotheses", "h"], "expected either --model"),
         (["--hypotheses", "h", "--beam", "4"], "--beam: for --model only"),
         (["--hypotheses", "h", "--all-points"], "--all-points: for --model only"),
+        (["--hypotheses", "h", "--device", "cpu"], "--device: for --model only"),
         (["--model", "m", "--all-points", "--per-utterance", "u"], "--per-utterance: of one operating point only"),
         (["--model", "m", "--all-points", "--operating-point", "s1q1k1"], "--all-points evaluates every"),
         (["--model", "m", "--write-to-folder"], "--write-to-folder: m is no model folder"),

@@ -6,6 +6,7 @@ import types
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fairseq_w2v2_light.cli import main as cli
 from fairseq_w2v2_light.cli import recognition_options
@@ -235,3 +236,14 @@ def test_a_point_that_cannot_be_run_is_named(model, monkeypatch):
     args = options("--model", model, "--auto-operating-point", "--budget", "rtf=1")
     with pytest.raises(ValueError, match="cannot be measured at s1q1k1: broken"):
         recognition_options.recognizer(args, lambda line: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(model, tmp_path, capsys):
+    assert cli.main(["transcribe", str(tmp_path / "a.wav"), "--model", str(model), "--device", "cuda"]) == 2
+    assert "finds no GPU here; choose --device cpu" in capsys.readouterr().err
+
+
+def test_a_device_is_one_that_is_known(model):
+    with pytest.raises(ValueError, match="device: found 'tpu', expected one of cpu, cuda"):
+        recognizer.Recognizer.from_pretrained(model, device="tpu")
