@@ -22,8 +22,6 @@ import hashlib
 import json
 import math
 import os
-import platform
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from ..nn.config import EncoderConfig
 from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from .checkpoint import PathLike
+from .cpu import cpu_name
 from .folder import CONFIG, WEIGHTS, is_model_folder, read_config
 from .recognizer import BATCH_SECONDS, LENGTH_GRID_SECONDS, batched
 from .timings import percentile
@@ -343,16 +342,6 @@ def machine(threads: int, torch_version: str) -> Dict[str, str]:
         "torch": str(torch_version),
         "fairseq_w2v2_light": __version__,
     }
-
-
-def cpu_name() -> str:
-    """The CPU's model, as Linux names it; elsewhere its architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else f"{platform.machine()} {platform.processor()}".strip()
 
 
 def fingerprint(path: PathLike) -> str:

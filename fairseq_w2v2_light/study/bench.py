@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..nn.counts import count_macs
 from ..nn.operating_point import OperatingPoint
 from ..runtime.checkpoint import is_checkpoint_file
+from ..runtime.cpu import cpu_name
 from ..runtime.ctc import CtcModel
 from ..runtime.folder import is_model_folder
 from ..runtime.half import multiplies_bfloat16
 from ..runtime.load import SPECIAL_SYMBOLS, load_ctc
-from ..runtime.operating import cpu_name
 from ..runtime.prepare import DTYPES as _PREPARED
-from ..runtime.prepare import prepare_
+from ..runtime.prepare import prepare_, require_device
 from ..runtime.quantized import INT8, best_method
 from ..runtime.timings import percentile
 from .peers import PEERS
@@ -297,10 +297,7 @@ def check(setting: Setting, repeats: int = 1) -> None:
             raise ValueError(f"{what}: found {found:g}, expected a positive number")
     if setting.threads < 1:
         raise ValueError(f"threads: found {setting.threads}, expected 1 or more")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device cuda: torch {torch.__version__} finds no GPU here; choose --device cpu, or install a torch for it"
-        )
+    require_device(setting.device)
 
 
 def _samples(model: CtcModel, setting: Setting) -> int:
