@@ -129,6 +129,8 @@ class HalfConvLayer(PackedConvLayer):
         self.register_buffer("weight", layer.weight.to(HALF), persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(HALF), persistent=False)
         self.layer_norm, self.group_norm = layer.layer_norm, None
+        # rounded, they are not quite
+        self.centred = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
         """(time, in channel) -> (frames, channel)"""

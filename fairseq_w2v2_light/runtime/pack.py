@@ -20,6 +20,7 @@ from ..nn.encoder import Encoder
 from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
+from ..nn.norms import LayerNorm
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
 from .ctc import CtcModel
@@ -189,17 +190,23 @@ class Workspace:
 class PackedConvLayer(nn.Module):
     """ConvBlock over (time, channel): each `stride` taps of the kernel make one product with `stride` frames a row.
 
-    weight: (kernel, in channel, channel).
+    weight: (kernel, in channel, channel). centred: whether weight and bias have mean 0 over the channels, as then has
+    what they make, so that a LayerNorm after them needs no mean, and can work where its input lies.
     """
 
     def __init__(self, block: ConvBlock):
         super().__init__()
         conv, norm = block[0], block[2] if len(block) == 4 else None
         self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
-        self.register_buffer("weight", conv.weight.detach().permute(2, 1, 0).contiguous(), persistent=False)
-        self.register_buffer("bias", _copy(conv.bias), persistent=False)
         self.layer_norm = norm[1] if isinstance(norm, ChannelLayerNorm) else None
         self.group_norm = norm if isinstance(norm, TimeGroupNorm) else None
+        weight, bias = conv.weight.detach().permute(2, 1, 0).contiguous(), _copy(conv.bias)
+        self.centred = self.layer_norm is not None and self.layer_norm.width == weight.size(-1)
+        if self.centred:
+            weight = weight - weight.mean(-1, keepdim=True)
+            bias = None if bias is None else bias - bias.mean()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
         """(time, in channel), contiguous -> (frames, channel), with the layer's own weight and bias or `normalised`.
@@ -218,7 +225,9 @@ class PackedConvLayer(nn.Module):
                 torch.mm(heard, part, out=y)
             else:
                 torch.addmm(bias, heard, part, out=y)
-        if self.layer_norm is not None:
+        if self.centred:
+            y = _scale_(y, self.layer_norm)
+        elif self.layer_norm is not None:
             y = self.layer_norm(y)
         return torch.ops.aten.gelu_(y)
 
@@ -239,6 +248,13 @@ class PackedConvLayer(nn.Module):
         scale = norm.weight.double() * (variance + norm.eps).rsqrt()
         # a bias of the convolution goes with the mean
         return (self.weight * scale).float(), (norm.bias - scale * (mean @ kernel)).float()
+
+
+def _scale_(x: Tensor, norm: LayerNorm) -> Tensor:
+    """`norm` of `x` (time, channel), each row of which has mean 0, in place."""
+    deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    deviation.square_().div_(x.size(-1)).add_(norm.eps)
+    return torch.addcmul(norm.bias.detach(), x.mul_(deviation.rsqrt_()), norm.weight.detach(), out=x)
 
 
 class PackedPositions(nn.Module):

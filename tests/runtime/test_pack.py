@@ -174,6 +174,25 @@ def test_loud_quiet_and_silent_audio_are_normalised_alike():
 
 
 @needs_product
+@pytest.mark.parametrize("bias", (True, False))
+def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias):
+    """Weights, biases and audio with large means: what a LayerNorm takes off is not in the packed weights."""
+    model, packed = (network(conv_bias=bias, chunk_frames=()) for _ in range(2))
+    for one in (model, packed):
+        for block in one.feature_extractor.conv_layers:
+            block[0].weight.add_(3.0)
+            if bias:
+                block[0].bias.sub_(7.0)
+    assert pack.pack_(packed, 12)
+    layers = packed.feature_extractor.conv_layers
+    assert all(layer.centred and float(layer.weight.mean(-1).abs().max()) < 1e-6 for layer in layers)
+    scale, shift = torch.tensor([[10.0], [1e-3], [1.0], [0.0]]), torch.tensor([[5.0], [0.0], [-2.0], [0.0]])
+    wave = torch.randn(4, 900) * scale + shift
+    exact = model.double().encode(wave.double())[0].x
+    torch.testing.assert_close(packed.encode(wave)[0].x.double(), exact, atol=2e-4, rtol=2e-4)
+
+
+@needs_product
 def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
     """4 frames of the first layer to one of the last, 16 channels: 320 values are five frames."""
     monkeypatch.setattr(pack, "PIECE_VALUES", 320)
