@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
     """nn.Linear, with a GELU behind it or without; `rows` is how many frames it will mostly see.
 
     The weight is not a parameter any more: it can be neither saved, moved nor trained. MKL orders a large one on
-    Intel's CPUs, where its products take a tenth less time than oneDNN's.
+    Intel's CPUs for few threads, where its products take up to a tenth less time than oneDNN's.
     """
 
     def __init__(self, weight: Tensor, bias: Optional[Tensor], rows: int, gelu: bool = False):

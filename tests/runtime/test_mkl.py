@@ -82,6 +82,14 @@ def test_large_linears_of_packed_models(intel, gelu):
     assert PackedLinear(weight[:100], bias[:100], 20, gelu).mkl is None
 
 
+@needs_mkl
+def test_many_threads_have_onednn(intel):
+    torch.set_num_threads(5)
+    assert not mkl_serves(512, 640)
+    torch.set_num_threads(4)
+    assert mkl_serves(512, 640)
+
+
 def test_other_cpus_have_onednn(monkeypatch):
     monkeypatch.setattr(mkl, "cpu_name", lambda: "AMD EPYC")
     weight, bias = random_linear(512, 640)
