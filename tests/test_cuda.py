@@ -21,6 +21,7 @@ from fairseq_w2v2_light.study.training import compare_updates
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SAMPLES = (1215, 990, 601)
+KINDS = {**MODELS, "pruned": dict(layout="large", layer_heads=[0, 2, 1], layer_ffn=[40, 0, 7], head_dim=8)}
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,9 @@ def close(found, expected, tolerance):
     assert float((found.float().cpu() - expected).abs().max()) <= tolerance * scale
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_at_every_point(kind, tmp_path):
-    model = load_ctc(finetuned(tmp_path, **MODELS[kind]))
+    model = load_ctc(finetuned(tmp_path, **KINDS[kind]))
     there = load_ctc(tmp_path / "ctc.pt").cuda()
     wave, _ = random_audio(*SAMPLES)
     for point in model.config.operating_points.points():
@@ -87,7 +88,7 @@ def test_int8_folders_run_in_bfloat16(tmp_path, capsys):
         prepare_(load_ctc(checkpoint), "int8", device="cuda")
 
 
-def test_transcribe_and_evaluate(corpus, tmp_path, capsys):
+def test_transcribe_and_evaluate(corpus, tmp_path, capsys, monkeypatch):
     checkpoint = finetuned(tmp_path, **MODELS["stochastic"])
     texts = []
     capsys.readouterr()
@@ -96,7 +97,10 @@ def test_transcribe_and_evaluate(corpus, tmp_path, capsys):
         assert main([*arguments, "--device", device]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != ""
-    assert main(["evaluate", str(corpus), "--model", checkpoint, "--device", "cuda", "--all-points"]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for options in (["--all-points"], ["--auto-operating-point", "--budget", "rtf=100"]):
+        assert main(["evaluate", str(corpus), "--model", checkpoint, "--device", "cuda", *options]) == 0
+        assert ", cuda, greedy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

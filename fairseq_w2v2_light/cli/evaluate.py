@@ -22,6 +22,8 @@ _OF_A_MODEL = (
     *("lexicon_free", "lm_weight", "word_score", "sil_score", "beam_threshold", "dictionary", "threads"),
     *("device", "all_points", "write_to_folder"),
 )
+# what a report says of a recognition; device: only where it is no CPU
+_HOW = ("operating_point", "dtype", "device", "decoder")
 
 
 def add_arguments(parser) -> None:
@@ -163,7 +165,8 @@ def table(results: List[Result]) -> List[str]:
         factor = f"{result.compute / result.audio:.4f}" if result.audio else "-"
         rows.append([result.about["operating_point"], *rates, *_numbers(counts.words), str(counts.wrong), factor])
     about = results[0].about
-    said = f"{first.words.reference} words, {results[0].audio:.1f} s of audio; {about['dtype']}, {about['decoder']}"
+    how = ", ".join(about[key] for key in _HOW[1:] if key in about)
+    said = f"{first.words.reference} words, {results[0].audio:.1f} s of audio; {how}"
     return [*_columns(rows), f"{wrong}, {said}"]
 
 
@@ -236,7 +239,7 @@ def _columns(rows: List[List[str]]) -> List[str]:
 
 def _speed(result: Result) -> str:
     factor = f"real-time factor {result.compute / result.audio:.4f}" if result.audio else "no audio"
-    how = ", ".join(result.about[key] for key in ("operating_point", "dtype", "decoder"))
+    how = ", ".join(result.about[key] for key in _HOW if key in result.about)
     return f"{result.audio:.1f} s of audio in {result.compute:.1f} s: {factor} ({how})"
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser, several_points: bool = False, model_required: bool = T
         "--budget",
         metavar="rtf=FACTOR",
         help="seconds of compute that a second of audio may take, e.g. rtf=0.05; of the recordings given, by their "
-        "lengths, else of utterances of 10 s, one by one",
+        "lengths, in batches of 20 s, else of utterances of 10 s, one by one",
     )
     parser.add_argument(
         "--measure-again", action="store_true", help="do not rely on what --auto-operating-point measured before"
@@ -58,8 +58,17 @@ def add_arguments(parser, several_points: bool = False, model_required: bool = T
     parser.add_argument("--sil-score", type=float, metavar="W", help="added for each silence, with --lm")
     parser.add_argument("--beam-threshold", type=float, metavar="X", help="how far behind the best a prefix may be")
     parser.add_argument("--dictionary", metavar="FILE", help="dict.ltr.txt, for a checkpoint that holds none")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where the model runs (default: cpu)")
+    add_device(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def add_device(parser) -> None:
+    """Declares --device."""
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where the model runs (default: cpu); on a GPU int8 models in bfloat16",
+    )
 
 
 def check(args) -> None:
@@ -205,6 +214,7 @@ def describe(args, made) -> Dict[str, str]:
         "model": str(args.model),
         "operating_point": str(made.point),
         "dtype": made.dtype,
+        **({"device": args.device} if args.device == "cuda" else {}),
         "decoder": decoder_name(args),
     }
 

@@ -10,6 +10,7 @@ from ..data.progress import progress
 from ..data.references import read_references
 from ..data.sources import parse_columns
 from ..files import atomic_write_text
+from .recognition_options import add_device
 
 DEFAULT_SPLIT = "valid"
 SHOWN = 15
@@ -71,6 +72,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N utterances")
     parser.add_argument("--operating-point", default="", metavar="POINT", help="e.g. s2q1k2 (default: the model's own)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "int8"))
+    add_device(parser)
     parser.add_argument("--dictionary", metavar="FILE", help="dict.ltr.txt, for a checkpoint that holds none")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every trial")
@@ -91,7 +93,12 @@ def run(args) -> int:
     from ..runtime.tuning import error_totals, sweep
 
     recognizer = Recognizer.from_pretrained(
-        args.model, args.operating_point, args.dtype, threads=args.threads, dictionary=args.dictionary
+        args.model,
+        args.operating_point,
+        args.dtype,
+        threads=args.threads,
+        dictionary=args.dictionary,
+        device=args.device or "cpu",
     )
     # before the network runs: what is wrong with the files shows at once
     decoder = LanguageModelDecoder(

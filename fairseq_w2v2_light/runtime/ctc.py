@@ -25,8 +25,8 @@ class CtcModel(nn.Module):
     that the model was not trained for.
 
     stored_dtype: of the weights in the file that the model was read from. prepared: whether it was laid out for fast
-    inference (runtime/prepare.py), and has no weights any more that could be saved. input_dtype: of the audio that the
-    network hears, after it was normalised; None: as it is given.
+    inference (runtime/prepare.py), and has not the weights any more that it was loaded with. input_dtype: of the audio
+    that the network hears, after it was normalised; None: as it is given.
     """
 
     blank = 0

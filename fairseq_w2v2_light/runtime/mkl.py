@@ -40,7 +40,7 @@ class MklWeight:
     def linear(self, x: Tensor, bias: Optional[Tensor]) -> Tensor:
         """(..., in) -> (..., out), as F.linear."""
         if torch.get_num_threads() > self._packed[1]:
-            self._order(self._product(torch.eye(self.shape[1]), None).t().contiguous())
+            self._order(self._product(torch.eye(self.shape[1], dtype=x.dtype, device=x.device), None).t().contiguous())
         return self._product(x, bias)
 
     def _product(self, x: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -60,11 +60,11 @@ def _serves(outputs: int, inputs: int, threads: int) -> bool:
     if "Intel" not in cpu_name():  # MKL is slow on others
         return False
     generator = torch.Generator().manual_seed(0)
-    weight, x = (torch.randn(rows, inputs, generator=generator) for rows in (outputs, _ROWS + 3))
+    weight, x = (torch.randn(rows, inputs, generator=generator) for rows in (outputs, 4 * _ROWS + 3))
     bias = torch.randn(outputs, generator=generator)
     try:
         ordered = MklWeight(weight)
-        for rows in (1, 7, 64, x.size(0)):
+        for rows in (1, 7, 64, _ROWS, x.size(0)):
             found, expected = ordered.linear(x[:rows], bias), F.linear(x[:rows], weight, bias)
             if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * inputs**0.5):
                 return False

@@ -326,9 +326,9 @@ def choose(
     enough = math.ceil(factors[fastest] / 10**exponent) * 10**exponent
     raise ValueError(
         f"--budget rtf={budget:g}: no operating point is that fast here ({measured}): the fastest, {fastest}, has a "
-        f"real-time factor of {factors[fastest]:.4g} {workload}; give --budget rtf={enough:.2g} or more, or more "
-        "--threads, --dtype bfloat16 where the CPU has it, `w2v2-light quantize` the model to int8, or take a smaller "
-        "one"
+        f"real-time factor of {factors[fastest]:.4g} {workload}; give --budget rtf={enough:.2g} or more, "
+        "--dtype bfloat16 where the CPU or GPU has it, on a CPU more --threads or a model that `w2v2-light quantize` "
+        "made int8, or take a smaller one"
     )
 
 

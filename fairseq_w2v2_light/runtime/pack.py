@@ -1,8 +1,8 @@
 """A network laid out for inference in fp32 on a CPU: it computes the same, in less time.
 
-oneDNN runs what torch composes: Linears and convolutions whose weights are ordered for it once instead of in every
-call, channels innermost in memory, and the GELU applied to a result that is still in the cache. Weight norm and the
-frontend's GroupNorm go into the weights.
+oneDNN, or MKL for large Linears on Intel's CPUs, runs what torch composes: Linears and convolutions whose weights are
+ordered for it once instead of in every call, channels innermost in memory, and the GELU applied to a result that is
+still in the cache. Weight norm, the frontend's GroupNorm and the means of its LayerNorms go into the weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PIECE_VALUES = 2**22
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear, with a GELU behind it or without; `rows` is how many frames it will mostly see.
+    """nn.Linear, with a GELU behind it or without; `rows`: how many frames it will mostly see, which oneDNN asks for.
 
     The weight is not a parameter any more: it can be neither saved, moved nor trained. MKL orders a large one on
     Intel's CPUs for few threads, where its products take up to a tenth less time than oneDNN's.

@@ -11,6 +11,8 @@ from .quantized import INT8, dequantize_, pack_quantized_, quantize_, require_no
 
 DTYPES = ("auto", "float32", "bfloat16", INT8)
 DEVICES = ("cpu", "cuda")
+# compute capability of GPUs from which on they multiply bfloat16 (Ampere)
+_BFLOAT16 = (8, 0)
 
 
 def require_device(device: str) -> None:
@@ -30,7 +32,8 @@ def prepare_(model: CtcModel, dtype: str = "auto", rows: int = 500, device: str 
     "int8" also quantises a model of floats; "float32" and "bfloat16" run an int8 one with the weights that its integers
     stand for (bfloat16: with half the error, and twice the memory, of int8). rows: how many frames a call will mostly
     see. What int8 leaves, convolutions and attention, is computed in bfloat16 where the CPU has it. device: "cpu" or
-    "cuda", where all of the network runs in the dtype, and an int8 model in bfloat16 ("auto") or float32.
+    "cuda", where all of the network runs in the dtype (float32: with torch's default, convolutions in TF32), and an
+    int8 model in bfloat16 ("auto", where the GPU has it) or float32.
 
     A prepared model runs at every operating point and in streams, but can be neither saved, trained, moved nor prepared
     again. One with gates stays in fp32 as it is. Raises ValueError for an unknown dtype, bfloat16 on a CPU without it,
@@ -75,7 +78,8 @@ def _move_(model: CtcModel, dtype: str, device: str) -> str:
     if dtype == INT8:
         raise ValueError("dtype: int8 was asked for, which runs on CPUs; choose bfloat16 or float32 on a GPU")
     if dtype == "auto":
-        dtype = "bfloat16" if model.stored_dtype != "float32" and not model.config.prune_units else "float32"
+        halves = model.stored_dtype != "float32" and not model.config.prune_units
+        dtype = "bfloat16" if halves and torch.cuda.get_device_capability() >= _BFLOAT16 else "float32"
     if dtype != "float32":
         require_no_gates(model, f"run in {dtype}")
     if model.stored_dtype == INT8:

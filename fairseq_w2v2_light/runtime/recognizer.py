@@ -227,7 +227,14 @@ class Recognizer:
         batch = F.pad(batch, (0, -batch.size(1) % grid))
         padded = len(waves) > 1 or batch.size(1) > len(waves[0])
         lengths = torch.tensor([len(wave) for wave in waves]) if padded else None
-        logits, frames = self.model(batch, lengths, self.point)
+        try:
+            logits, frames = self.model(batch, lengths, self.point)
+        except torch.cuda.OutOfMemoryError as error:
+            heard = batch.size(1) / self.sample_rate
+            raise ValueError(
+                f"the GPU has too little memory for {len(waves)} x {heard:.1f} s of audio at once; lower "
+                "--batch-seconds (batch_seconds) or the length of windows"
+            ) from error
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         if frames is None:
             return [log_probs[0]]

@@ -33,7 +33,7 @@ from .speed import in_turns
 # the labels of a model with random weights: LibriSpeech's letters
 SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 DTYPES = tuple(dtype for dtype in _PREPARED if dtype != "auto")
-# ours as the runtime runs it (laid out for this CPU), and ours as it was loaded
+# ours as the runtime runs it (prepared for this CPU or GPU), and ours as it was loaded
 OURS, LOADED = "ours", "loaded"
 IMPLEMENTATIONS = {
     OURS: "ours",
@@ -174,13 +174,14 @@ def build(contender: Contender, setting: Setting, model: Optional[CtcModel] = No
             return run
     else:
         run = _Logits(copy.deepcopy(model), point)
-        if on_cpu and contender.implementation == OURS:
-            rows = setting.batch_size * int(model.config.frames(_samples(model, setting)))
-            prepare_(run.model, contender.dtype, rows)
-            dtype = torch.float32
-    if dtype == torch.int8:
-        raise ValueError("int8: our int8 models run on CPUs; choose --device cpu, or another dtype")
-    run = run.to(setting.device, dtype) if (dtype, on_cpu) != (torch.float32, True) else run
+    if contender.implementation == OURS:
+        rows = setting.batch_size * int(model.config.frames(_samples(model, setting)))
+        prepare_(run.model, contender.dtype, rows, setting.device)
+        dtype = torch.float32  # of what it hears
+    elif dtype == torch.int8:
+        raise ValueError("int8: only our prepared models run in it; choose another dtype")
+    elif (dtype, on_cpu) != (torch.float32, True):
+        run = run.to(setting.device, dtype)
     module = torch.compile(run) if contender.compiled else run
     return lambda wave: module(wave.to(dtype))
 

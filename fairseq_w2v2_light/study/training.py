@@ -43,7 +43,10 @@ class Side(NamedTuple):
 
 
 def batch(recipe: str, seconds: float, utterances: int, padded: bool = False, device: str = "cpu") -> Dict[str, Any]:
-    """Synthetic utterances of different lengths, collated as fairseq does: cropped to the shortest, or padded."""
+    """Synthetic utterances of different lengths, collated as fairseq does: cropped to the shortest, or padded.
+
+    device: "cpu" or "cuda", where the batch is.
+    """
     task = load_recipe(recipe).task
     lengths = [LENGTHS[index % len(LENGTHS)] for index in range(utterances)]
     unit = seconds * SAMPLE_RATE / (max(lengths) if padded else min(lengths)) / utterances
@@ -51,15 +54,11 @@ def batch(recipe: str, seconds: float, utterances: int, padded: bool = False, de
     waves = [torch.randn(round(length * unit), generator=generator) for length in lengths]
     dataset = RawAudioDataset(SAMPLE_RATE, pad=padded, normalize=task.normalize)
     samples = [{"id": index, "source": dataset.postprocess(wave, SAMPLE_RATE)} for index, wave in enumerate(waves)]
-    return move_to(device, dataset.collater(samples))
-
-
-def move_to(device: str, sample: Dict[str, Any]) -> Dict[str, Any]:
-    return fairseq_utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
+    return fairseq_utils.apply_to_sample(lambda tensor: tensor.to(device), dataset.collater(samples))
 
 
 def build(recipe: str, overrides: Sequence[str], stock: bool, device: str = "cpu") -> Side:
-    """Model, criterion and optimizer of a recipe: fairseq's own, or ours."""
+    """Model, criterion and optimizer of a recipe: fairseq's own, or ours; the model on a device, "cpu" or "cuda"."""
     subject, settings = load_subject(recipe, list(overrides)), load_recipe(recipe)
     weights = list(settings.criterion.loss_weights)
     torch.manual_seed(0)

@@ -22,8 +22,9 @@ needs_mkl = pytest.mark.skipif(not has_mkl(), reason="a torch without MKL")
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """torch's threads as they were, and no answer from another test."""
+    """Few threads, afterwards as many as before, and no answer from another test."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     mkl._serves.cache_clear()
     yield
     torch.set_num_threads(threads)
@@ -99,6 +100,7 @@ def test_other_cpus_have_onednn(monkeypatch):
     assert torch.allclose(packed(x), F.linear(x, weight, bias), atol=2e-5)
 
 
+@needs_mkl
 def test_a_product_that_is_wrong_for_other_rows_is_not_used(intel, monkeypatch):
     class Strict(MklWeight):
         """As an MKL would be that minds for how many rows it was made."""

@@ -11,7 +11,7 @@ from fairseq_w2v2_light.nn.attention import MultiheadAttention
 from fairseq_w2v2_light.nn.frontend import frame_lengths
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.streaming import Stream
-from fairseq_w2v2_light.runtime import pack
+from fairseq_w2v2_light.runtime import mkl, pack
 from fairseq_w2v2_light.runtime.ctc import CtcModel
 
 
@@ -193,6 +193,26 @@ def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias):
 
 
 @needs_product
+@pytest.mark.parametrize("changes", ({"extractor_norm": "group"}, {"norm_first": True}, {"unique_layers": 1}))
+def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
+    """As in large networks on Intel's CPUs."""
+    monkeypatch.setattr(mkl, "cpu_name", lambda: "Intel(R) Xeon(R)")
+    monkeypatch.setattr(pack, "_MKL_LEAST", 1)
+    monkeypatch.setattr(pack, "_MKL_LEAST_GELU", 1)
+    if not mkl.mkl_serves(32, 48):
+        pytest.skip("a torch without MKL")
+    model, packed = both(network, **{"chunk_frames": (), **changes})
+    linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
+    assert len(linears) > 3 and all(linear.mkl is not None for linear in linears)
+    for samples in (30, 900, 9000):
+        wave = torch.randn(2, samples)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = packed.encode(wave)[0].x
+            torch.testing.assert_close(found, model.encode(wave)[0].x, atol=2e-5, rtol=2e-5)
+
+
+@needs_product
 def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
     """4 frames of the first layer to one of the last, 16 channels: 320 values are five frames."""
     monkeypatch.setattr(pack, "PIECE_VALUES", 320)
@@ -290,7 +310,7 @@ def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
 def test_queries_keys_and_values_are_one_product_where_they_are_always_of_the_same_frames(dim, pools, every, fused):
     """With 1,024 channels rows of the result would be 12 KiB long, and get a gap."""
     changes = dict(query_pools=pools, kv_pools=pools, attention_map_every=every, dim=dim, encoder_layers=2)
-    model, packed = both(network, **changes)
+    model, packed = both(network, **{"chunk_frames": (), **changes})
     assert [isinstance(layer.self_attn, pack.PackedAttention) for layer in packed.encoder.layers] == [fused] * 2
     wave = torch.randn(2, 1300)
     for point in model.config.operating_points.points():

@@ -345,3 +345,12 @@ def test_it_works_without_fairseq(checkpoint, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == expected
+
+
+def test_a_gpu_without_memory_for_a_batch_is_told(recognizer, monkeypatch):
+    def forward(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(recognizer.model, "forward", forward)
+    with pytest.raises(ValueError, match=r"too little memory for 2 x 1\.0 s of audio at once; lower --batch-seconds"):
+        recognizer.log_probs([np.zeros(recognizer.sample_rate, dtype=np.float32)] * 2)

@@ -83,7 +83,7 @@ def test_models_that_stay_in_the_dtype_that_they_were_given(checkpoint):
     table = compare(half, SETTING, 1, counting_clock(), memory=False)
     assert sorted(table.peaks) == ["bfloat16", "float32"]
     assert 1e-4 < table.rows[1].difference < 0.2
-    with pytest.raises(ValueError, match="int8: our int8 models run on CPUs"):
+    with pytest.raises(ValueError, match="int8: only our prepared models run in it"):
         bench.build(Contender("int8", checkpoint, (), LOADED, "int8"), SETTING)
 
 
@@ -142,6 +142,8 @@ def test_on_a_gpu(checkpoint, monkeypatch):
     rows = [Contender(dtype, checkpoint, (), OURS, dtype) for dtype in ("float32", "bfloat16")]
     table = compare(rows, Setting(0.1, device="cuda"), 2)
     assert all(row.peak_bytes > 0 and math.isfinite(row.difference) for row in table.rows)
+    with pytest.raises(ValueError, match="int8 was asked for, which runs on CPUs"):
+        compare([Contender("int8", checkpoint, dtype="int8")], Setting(0.1, device="cuda"))
 
 
 def test_bfloat16_is_refused_where_the_cpu_has_none(checkpoint, monkeypatch):
