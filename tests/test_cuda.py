@@ -15,7 +15,7 @@ from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.runtime.prepare import prepare_
 from fairseq_w2v2_light.runtime.recognizer import Recognizer
 from fairseq_w2v2_light.study.bench import SYMBOLS
-from fairseq_w2v2_light.study.experiment import train
+from fairseq_w2v2_light.study.experiment import PLAIN, train
 from fairseq_w2v2_light.study.training import compare_updates
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,7 +76,7 @@ def test_recognizer(kind, tmp_path):
             close(torch.from_numpy(found), torch.from_numpy(row), tolerance)
 
 
-def test_int8_folders_run_in_bfloat16(tmp_path, capsys):
+def test_int8_folders_run_in_bfloat16(tmp_path):
     checkpoint = finetuned(tmp_path, **MODELS["base"])
     assert main(["export", checkpoint, str(tmp_path / "int8"), "--dtype", "int8"]) == 0
     recognizer = Recognizer.from_pretrained(tmp_path / "int8", device="cuda")
@@ -193,7 +193,6 @@ def test_training(kind, precision, corpus, tuned, tmp_path):
 
 
 def test_updates_beside_stock_fairseq():
-    small = ("model.unique_layers=0", "model.squeeze_factors=[1]", "model.query_pools=[1]", "model.kv_pools=[1]")
-    stock, ours = compare_updates("pretraining/light_stochastic_tiny", small, 1.0, 2, updates=1, device="cuda")
+    stock, ours = compare_updates("pretraining/light_stochastic_tiny", PLAIN, 1.0, 2, updates=1, device="cuda")
     assert stock.peak_bytes > 0 and ours.peak_bytes > 0
     assert ours.difference < 1e-4

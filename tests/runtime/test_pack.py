@@ -310,7 +310,7 @@ def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
 def test_queries_keys_and_values_are_one_product_where_they_are_always_of_the_same_frames(dim, pools, every, fused):
     """With 1,024 channels rows of the result would be 12 KiB long, and get a gap."""
     changes = dict(query_pools=pools, kv_pools=pools, attention_map_every=every, dim=dim, encoder_layers=2)
-    model, packed = both(network, **{"chunk_frames": (), **changes})
+    model, packed = both(network, **changes)
     assert [isinstance(layer.self_attn, pack.PackedAttention) for layer in packed.encoder.layers] == [fused] * 2
     wave = torch.randn(2, 1300)
     for point in model.config.operating_points.points():
