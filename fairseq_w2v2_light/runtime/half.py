@@ -1,7 +1,8 @@
 """bfloat16 where a CPU multiplies it: twice the speed of fp32 and more, in products alone.
 
 Linears, convolutions and attention take bfloat16 and add up in fp32. What is sensitive stays in fp32: the residuals
-between the layers, every norm, the softmax, the first convolution, which reads samples, and the CTC head.
+between the layers, every norm, the softmax, the first convolution, which reads samples, and the CTC head; and so do
+positions that are products of spectra, which bfloat16 would not make faster.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class HalfConvLayer(PackedConvLayer):
         self.register_buffer("weight", layer.weight.to(HALF), persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(HALF), persistent=False)
         self.layer_norm, self.group_norm = layer.layer_norm, None
-        # rounded, they are not quite
-        self.centred = False
+        # rounded, they are not quite; and its products are too fast for sums beside them to pay
+        self.centred, self._shared = False, None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
         """(time, in channel) -> (frames, channel)"""
@@ -166,7 +167,8 @@ class HalfAttention(MultiheadAttention):
 def half_around_(backbone: Backbone, rows: int) -> None:
     """Makes attention, and what is packed of frontend and positions, compute in bfloat16, in place.
 
-    The first layer of the frontend, which hears samples, stays in fp32, and so do all Linears that do.
+    The first layer of the frontend, which hears samples, stays in fp32, and so do all Linears that do, and positions
+    that are products of spectra, which take no more time.
     """
     frontend, encoder = backbone.feature_extractor, backbone.encoder
     for layer in encoder.layers:
@@ -175,8 +177,11 @@ def half_around_(backbone: Backbone, rows: int) -> None:
     if isinstance(frontend, PackedFrontend):
         for index in range(1, len(frontend.conv_layers)):
             frontend.conv_layers[index] = HalfConvLayer(frontend.conv_layers[index])
-    if isinstance(encoder.pos_conv, PackedPositions):
-        encoder.pos_conv.conv = half_conv(encoder.pos_conv.conv, rows)
+    positions, config = encoder.pos_conv, encoder.config
+    if isinstance(positions, PackedPositions):
+        strides = config.operating_points.squeeze
+        if config.streams or not all(map(positions.spectra_serve, strides)):
+            positions.conv = half_conv(positions.conv, rows)
 
 
 def half_linears_(backbone: Backbone, rows: int) -> None:

@@ -2,7 +2,8 @@
 
 oneDNN, or MKL for large Linears on Intel's CPUs, runs what torch composes: Linears and convolutions whose weights are
 ordered for it once instead of in every call, channels innermost in memory, and the GELU applied to a result that is
-still in the cache. Weight norm, the frontend's GroupNorm and the means of its LayerNorms go into the weights.
+still in the cache. Positions, whose kernels are long, are products of spectra. Weight norm, the frontend's GroupNorm
+and the means of its LayerNorms go into the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..nn.norms import LayerNorm
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
 from .ctc import CtcModel
+from .fourier import FourierConv1d, can_transform, fourier_serves
 from .mkl import MklWeight, mkl_serves
 from .widen import widen_
 
@@ -31,6 +33,8 @@ from .widen import widen_
 _NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
 # the fewest rows and columns of a weight that MKL multiplies faster; with a GELU, which oneDNN has in its product
 _MKL_LEAST, _MKL_LEAST_GELU = 384, 512
+# the fewest channels in and out of a layer of three taps and stride 2 that is faster in pairs of frames
+_PAIRS_LEAST = 512
 # frames of the frontend at a time, fewest and most: 2.56 s, where its first layer has 512 channels, to 10.24 s
 PIECE_FRAMES = (128, 512)
 # what the first layer makes of a piece: 16 MiB
@@ -176,15 +180,27 @@ class Workspace:
 
     def __init__(self):
         self._used: Dict[torch.dtype, Tuple[Tensor, Tensor]] = {}
+        self._scratch = torch.empty(0)
 
     def take(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """(rows, columns) of any values, in the precision of `like`; what was taken the time before stays as it is."""
         last, oldest = self._used.get(like.dtype) or (torch.empty(0), torch.empty(0))
-        if oldest.numel() < rows * columns:
-            with torch.inference_mode(False):  # it may serve calls inside and outside of that mode
-                oldest = torch.empty(rows * columns, dtype=like.dtype)
+        oldest = _at_least(oldest, rows * columns, like.dtype)
         self._used[like.dtype] = oldest, last
         return oldest[: rows * columns].view(rows, columns)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) of any values in fp32, until the next call."""
+        self._scratch = _at_least(self._scratch, rows * columns, torch.float32)
+        return self._scratch[: rows * columns].view(rows, columns)
+
+
+def _at_least(memory: Tensor, values: int, dtype: torch.dtype) -> Tensor:
+    """`memory`, or new of `values` where it has fewer."""
+    if memory.numel() >= values:
+        return memory
+    with torch.inference_mode(False):  # it may serve calls inside and outside of that mode
+        return torch.empty(values, dtype=dtype)
 
 
 class PackedConvLayer(nn.Module):
@@ -207,29 +223,58 @@ class PackedConvLayer(nn.Module):
             bias = None if bias is None else bias - bias.mean()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        in_pairs = self.kernel == 3 and self.stride == 2 and min(weight.shape[1:]) >= _PAIRS_LEAST
+        # the sum of the taps that a frame of a pair shares with the other one, see _convolve_pairs
+        self._shared = weight[0] + weight[2] if in_pairs else None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
         """(time, in channel), contiguous -> (frames, channel), with the layer's own weight and bias or `normalised`.
 
-        The result may lie in `space`, and `x`, too, if nothing was taken from there since.
+        The result may lie in `space`, and `x`, too, if nothing was taken from there since; `x` of more than one channel
+        may hold something else after that.
         """
-        time, channels = x.shape
-        frames, row = (time - self.kernel) // self.stride + 1, self.stride * channels
+        frames = (x.size(0) - self.kernel) // self.stride + 1
         y = space.take(x, frames, weight.size(-1))
-        for tap in range(0, self.kernel, self.stride):
-            part = weight[tap : tap + self.stride].flatten(0, 1)
-            heard = x.as_strided((frames, part.size(0)), (row, 1), x.storage_offset() + tap * channels)
-            if tap:
-                y.addmm_(heard, part)
-            elif bias is None:
-                torch.mm(heard, part, out=y)
-            else:
-                torch.addmm(bias, heard, part, out=y)
+        paired = 0 if self._shared is None else frames - frames % 2
+        if paired < frames:
+            self._convolve(x[paired * self.stride :], weight, bias, y[paired:])
+        if paired:
+            self._convolve_pairs(x, weight, bias, y[:paired], space)
         if self.centred:
             y = _scale_(y, self.layer_norm)
         elif self.layer_norm is not None:
             y = self.layer_norm(y)
         return torch.ops.aten.gelu_(y)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], y: Tensor) -> None:
+        frames, channels = y.size(0), x.size(1)
+        for tap in range(0, self.kernel, self.stride):
+            part = weight[tap : tap + self.stride].flatten(0, 1)
+            heard = _rows(x, frames, self.stride * channels, part.size(0), tap * channels)
+            if tap:
+                y.addmm_(heard, part)
+            else:
+                _product(heard, part, bias, y)
+
+    def _convolve_pairs(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], y: Tensor, space: Workspace) -> None:
+        """Three taps a, b, c and stride 2, for two frames at once with 5 products instead of 6; changes `x`.
+
+        Of e0 o0 e1 o1 e2 the frames are a e0 + b o0 + c e1 and a e1 + b o1 + c e2. What both have of (a + c) e1 is
+        computed once, and they are that plus a (e0 - e1) + b o0 and b o1 + c (e2 - e1): Winograd's F(2, 2) for the
+        taps a and c (Lavin and Gray, arXiv 1509.09308).
+        """
+        (_, channels), (frames, out) = x.shape, y.shape
+        pairs, row = frames // 2, 4 * channels
+        e0, e1, e2 = (_rows(x, pairs, row, channels, at * channels) for at in (0, 2, 4))
+        first, second = (_rows(y, pairs, 2 * out, out, at * out) for at in (0, 1))
+        _product(e1, self._shared, bias, first)
+        second.copy_(first)
+        # a pair's e2 is the e0 of the next
+        ahead = torch.sub(e2, e1, out=space.scratch(pairs, channels))
+        e0.sub_(e1)
+        first.addmm_(_rows(x, pairs, row, 2 * channels, 0), weight[:2].flatten(0, 1))
+        e2.copy_(ahead)
+        second.addmm_(_rows(x, pairs, row, 2 * channels, 3 * channels), weight[1:].flatten(0, 1))
 
     def normalised(self, wave: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the first layer; with its GroupNorm over `wave` (samples,), if it has one.
@@ -250,6 +295,19 @@ class PackedConvLayer(nn.Module):
         return (self.weight * scale).float(), (norm.bias - scale * (mean @ kernel)).float()
 
 
+def _rows(x: Tensor, rows: int, step: int, width: int, offset: int) -> Tensor:
+    """(rows, width) of a contiguous `x`, from `offset` on: a row begins `step` values after the one before."""
+    return x.as_strided((rows, width), (step, 1), x.storage_offset() + offset)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], y: Tensor) -> None:
+    """Writes `x` times `weight`, plus `bias`, to `y`."""
+    if bias is None:
+        torch.mm(x, weight, out=y)
+    else:
+        torch.addmm(bias, x, weight, out=y)
+
+
 def _scale_(x: Tensor, norm: LayerNorm) -> Tensor:
     """`norm` of `x` (time, channel), each row of which has mean 0, in place."""
     deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -258,34 +316,58 @@ def _scale_(x: Tensor, norm: LayerNorm) -> Tensor:
 
 
 class PackedPositions(nn.Module):
-    """ConvPositions whose weight is normalised once."""
+    """ConvPositions whose weight is normalised once: products of spectra, for few taps or frames a direct convolution.
+
+    conv: the direct one. Spectra of the weight are made when a stride first occurs, which takes 0.1 s in LARGE.
+    """
 
     def __init__(self, positions: ConvPositions):
         super().__init__()
         conv = positions[0]
-        self.kernel, self.causal = conv.kernel, conv.causal
+        self.kernel, self.causal, self.groups = conv.kernel, conv.causal, conv.groups
         self.channels = conv.bias.numel()
         self.register_buffer("places", conv.places, persistent=False)
         padding = 0 if conv.causal else conv.kernel // 2
         self.conv = PackedConv1d(conv.weight(), conv.bias, padding, conv.groups, gelu=True)
+        # in fp32, whatever becomes of `conv`
+        self._weight, self._bias = self.conv.weight.squeeze(2), self.conv.bias
+        self._fourier: Optional[Dict[int, FourierConv1d]] = {} if can_transform() else None
 
     def forward(
         self, x: Tensor, stride: int = 1, past: Optional[Tensor] = None, gate: Optional[Tensor] = None
     ) -> Tensor:
         """See ConvPositions; there is no gate."""
-        time, before = x.size(1), 0
-        padded = familiar_length(time)
+        frames = -(-x.size(1) // stride)
         if past is not None:
             x = torch.cat([past, x], dim=1)
-        else:
+        if self.places is not None:
+            x = x.new_zeros(x.size(0), x.size(1), self.channels).index_copy(2, self.places, x)
+        # a few frames of a stream are less work than the spectrum of a block
+        whole = past is None or frames * stride >= self.kernel
+        convolve = self._of_spectra if whole and self.spectra_serve(stride) else self._direct
+        y = convolve(x, stride, frames, past is not None)
+        return y if self.places is None else y.index_select(2, self.places)
+
+    def spectra_serve(self, stride: int) -> bool:
+        """Whether whole utterances are products of spectra at this stride."""
+        return self._fourier is not None and fourier_serves(self._weight, stride)
+
+    def _of_spectra(self, x: Tensor, stride: int, frames: int, streams: bool) -> Tensor:
+        before = 0 if streams else self.kernel - 1 if self.causal else self.kernel // 2
+        if stride not in self._fourier:
+            with torch.inference_mode(False), torch.no_grad():  # it may serve calls inside and outside of that mode
+                self._fourier[stride] = FourierConv1d(self._weight, self._bias, self.groups, stride)
+        return torch.ops.aten.gelu_(self._fourier[stride](x, before, frames))
+
+    def _direct(self, x: Tensor, stride: int, frames: int, streams: bool) -> Tensor:
+        # frames of x itself, not of the past
+        time, before = x.size(1) - (self.kernel - 1 if streams else 0), 0
+        padded = familiar_length(time)
+        if not streams:
             before = self.kernel - 1 if self.causal else 0
             # as many frames as taps: the weight's order for few frames is for streams only
             padded = max(padded, self.kernel * stride)
-        x = F.pad(x, (0, 0, before, padded - time))
-        if self.places is not None:
-            x = x.new_zeros(x.size(0), x.size(1), self.channels).index_copy(2, self.places, x)
-        y = self.conv(x, stride)[:, : -(-time // stride)]
-        return y if self.places is None else y.index_select(2, self.places)
+        return self.conv(F.pad(x, (0, 0, before, padded - time)), stride)[:, :frames]
 
 
 class PackedUnsqueeze(Unsqueeze):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fairseq_w2v2_light.nn import Backbone, OperatingPoint, encoder_config
 from fairseq_w2v2_light.nn.attention import MultiheadAttention
-from fairseq_w2v2_light.nn.frontend import frame_lengths
+from fairseq_w2v2_light.nn.frontend import frame_lengths, receptive_field
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.streaming import Stream
 from fairseq_w2v2_light.runtime import mkl, pack
@@ -225,6 +225,33 @@ def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
     wave = torch.randn(1, 30 + 11 * 20)
     torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
     assert lengths == [5, 5, 2]
+
+
+@needs_product
+@pytest.mark.parametrize("norm", ("layer", "group"))
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("after", ("(32, 2, 2)", "(32, 3, 1)", "(32, 3, 2)"))
+def test_layers_of_three_taps_in_pairs_of_frames(norm, bias, after, monkeypatch):
+    """As those of 512 channels: even and odd numbers of frames, a single one, several pieces and utterances."""
+    monkeypatch.setattr(pack, "_PAIRS_LEAST", 16)
+    monkeypatch.setattr(pack, "PIECE_FRAMES", (7, 7))
+    layers = f"[(16, 10, 5), (24, 3, 2), (16, 3, 2), (8, 3, 2), (16, 1, 1), (16, 3, 2), {after}]"
+    model, packed = both(network, conv_feature_layers=layers, extractor_norm=norm, conv_bias=bias, chunk_frames=())
+    convolved = list(packed.feature_extractor.conv_layers)
+    paired = [layer for layer in convolved if layer._shared is not None]
+    assert [convolved.index(layer) for layer in paired] == [1, 2, 5] + [6] * (after == "(32, 3, 2)")
+    made = set()
+    for layer in paired:
+        layer.register_forward_hook(lambda _, inputs, y: made.add(len(y)))
+    field, hop = receptive_field(model.config.conv_layers)
+    for samples in (*range(field, field + 9 * hop, hop), field + 30 * hop):
+        wave = torch.randn(2, samples)
+        heard = wave.clone()
+        expected, found = (one.encode(wave)[0].x for one in (model, packed))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(wave, heard)
+    assert after != "(32, 2, 2)" or {2, 4, 14} <= made
+    assert after != "(32, 3, 2)" or {1, 2, 3, 7} <= made
 
 
 @needs_product
