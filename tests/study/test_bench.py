@@ -60,12 +60,24 @@ def test_every_column_follows_from_the_times(checkpoint):
     assert rows["ours"].macs == macs > rows["s2q1k2"].macs
     assert rows["fairseq"].difference == rows["s2q1k2"].difference == 0
     assert max(rows[name].difference for name in ("loaded", "ours")) <= 1e-4 < rows["int8"].difference < 1
-    assert table.peaks["float32"] == 2 * 32**3
+    assert table.peaks["float32"] == table.best_peaks["float32"] == 2 * 32**3
     lines = format_table(table).splitlines()
     assert lines[0].startswith("3 utterances of 0.1 s, 1 thread; matrix products: ")
     assert len({line.count("|") for line in lines[2:]}) == 1 and len(lines) == 4 + len(contenders)
     # no other row has the weights at this point
     assert lines[-1].startswith("| s2q1k2 |") and lines[-1].endswith("|  |")
+
+
+def test_the_speed_of_a_product_is_a_median_as_the_rows_are(checkpoint, monkeypatch):
+    """A product takes 2, 3 and 1 s, the model 1, 2 and 3."""
+    monkeypatch.setattr(bench, "_EDGES", {"cpu": (32,)})
+    times = itertools.accumulate(itertools.cycle((0, 1, 0, 3, 0, 2)))
+    table = compare([Contender("ours", checkpoint)], SETTING, 3, times.__next__, memory=False)
+    (row,) = table.rows
+    assert (row.median, row.least) == (2, 1)
+    assert (table.peaks["float32"], table.best_peaks["float32"]) == (32**3, 2 * 32**3)
+    assert row.peak_fraction == pytest.approx(row.macs / 32**3)
+    assert "matrix products: 0 GFLOP/s in float32 (at best 0)" in format_table(table)
 
 
 def test_others_that_cannot_run_are_left_out_with_a_reason(tmp_path):
