@@ -18,6 +18,7 @@ weights, gradients and Adam's two states take in fp32; the rest are activations,
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import time
@@ -129,6 +130,7 @@ def compare_memory(args) -> None:
     for name, overrides in cases.items():
         overrides = (*overrides, "model.encoder_layerdrop=0.0")
         weights, peak = peak_memory(args.memory_recipe, overrides, args.memory_seconds, args.utterances, args.threads)
+        peak = math.nan if peak is None else peak  # not Linux
         reference = reference or peak
         counted = BYTES_OF_A_WEIGHT * weights / 2**20
         print(f"| {name} | {weights / 1e6:.2f} M | {counted:.0f} | {peak / 2**20:.0f} | {peak / reference:.2f} |")

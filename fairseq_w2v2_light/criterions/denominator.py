@@ -114,7 +114,8 @@ class DenominatorGraph:
         """The graph's tensors on a device, in float32 or float64; made once for each."""
         key = (torch.device(device), dtype)
         if key not in self._cache:
-            self._cache[key] = self._build(*key)
+            with torch.inference_mode(False):  # the first call may evaluate, a later one train
+                self._cache[key] = self._build(*key)
         return self._cache[key]
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> GraphTensors:
@@ -208,10 +209,9 @@ class DenominatorGraph:
         content = _read_npz(path)
         if "kind" not in content or str(content["kind"]) != KIND:
             raise ValueError(f"{path}: not a denominator graph; {_REBUILD}")
-        if int(content["version"]) != VERSION:
-            raise ValueError(
-                f"{path}: denominator graph of version {content['version']}, expected {VERSION}; {_REBUILD}"
-            )
+        version = content.get("version", "none")
+        if str(version) != str(VERSION):
+            raise ValueError(f"{path}: denominator graph of version {version}, expected {VERSION}; {_REBUILD}")
         try:
             arrays = [content[name] for name in _ARRAYS]
             graph = cls(content["symbols"].tolist(), content["labels"], *arrays, blank=content["blank"])

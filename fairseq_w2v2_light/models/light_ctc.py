@@ -20,7 +20,7 @@ from .checkpoint import (
     update_model,
 )
 from .recipe import read_recipe
-from .w2v2_light import PRETRAINING_HEADS, STREAMING_KEYS, require_streamable_audio
+from .w2v2_light import PRETRAINING_HEADS, STOCHASTIC, STREAMING_KEYS, require_streamable_audio
 
 logger = logging.getLogger(__name__)
 
@@ -238,4 +238,11 @@ def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
             changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if cfg.operating_point:
         changes["operating_point"] = cfg.operating_point
+    drawn = sorted(changes.keys() & {"squeeze_factors", "query_pools", "kv_pools"})
+    fixed = model.get("operating_point")
+    if drawn and not cfg.operating_point and fixed and fixed != STOCHASTIC:
+        raise ValueError(
+            f"model.{drawn[0]}: found factors to draw from, but the checkpoint is one of the fixed operating point "
+            f"{fixed}, where it would stay; add model.operating_point=stochastic, or another point"
+        )
     return changes

@@ -352,7 +352,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
                 mask_indices = None
             encoded = self.encoder(x, frame_mask, point, layer, gates)
         self.calls += 1
-        x = self._keep_idle_parameters(encoded.x)
+        x = self._keep_idle_parameters(encoded.x, features_only)
 
         if features_only:
             return {
@@ -491,7 +491,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             pool, drawn = self.target_glu(pool), None if drawn is None else self.target_glu(drawn)
         return (pool.flatten(0, 1), targets, negatives, self.logit_temp, drawn), codes
 
-    def _keep_idle_parameters(self, x):
+    def _keep_idle_parameters(self, x, features_only: bool):
         """Adds zero times every parameter that this call may not use, so that DDP sees a gradient for each."""
         if not (self.training and torch.is_grad_enabled()):
             return x
@@ -500,6 +500,9 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         else:
             idle = self.encoder.idle_parameters()
         idle += [self.mask_emb] if self.gates is None else [self.mask_emb, *self.gates.parameters()]
+        if features_only:
+            heads = [getattr(self, name) for name in PRETRAINING_HEADS]
+            idle += [parameter for head in heads if head is not None for parameter in head.parameters()]
         zero = sum(parameter.reshape(-1)[0] * 0.0 for parameter in idle if parameter.requires_grad)
         return x + zero
 

@@ -97,7 +97,8 @@ class MultiheadAttention(nn.Module):
 
     def attention_map(self, query: Tensor, key_value: Tensor, key_mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights (B, heads, Tq, Tk); rows sum to 1. The softmax is computed in fp32."""
-        return self._map(self._split(self.q_proj(query)), self._split(self.k_proj(key_value)), key_mask)
+        queries, memory = self.project(query, key_value)
+        return self._map(queries, memory.key, key_mask)
 
     def _map(self, queries: Tensor, keys: Tensor, key_mask: Optional[Tensor]) -> Tensor:
         scores = (queries / math.sqrt(self.head_dim)) @ keys.transpose(-2, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Mapping, Optional, Set, Tuple
 
 from .frontend import frame_lengths, receptive_field
@@ -83,6 +83,13 @@ class EncoderConfig:
                 f"squeeze_factors: found {max(self.operating_points.squeeze)}, but the unsqueeze layer has weights "
                 f"for factors up to {self.unsqueeze_factor}; choose smaller factors, or pre-train with that one"
             )
+        for key in ("left_context", "lookahead"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}_frames: found {getattr(self, key)}, expected 0 or more frames")
+        self._check_probabilities()
+        # the layers that points count are these, whoever made the space
+        points = replace(self.operating_points, depth=self.depth, map_every=self.attention_map_every)
+        object.__setattr__(self, "operating_points", points)
         self._check_widths()
         if self.streams:
             self._check_streaming()
@@ -132,6 +139,16 @@ class EncoderConfig:
                     f"{self.attention_map_every}), but have {heads} heads; expected equally many"
                 )
 
+    def _check_probabilities(self) -> None:
+        for key, found in (
+            ("dropout", self.dropout),
+            ("attention_dropout", self.attention_dropout),
+            ("activation_dropout", self.activation_dropout),
+            ("encoder_layerdrop", self.layerdrop),
+        ):
+            if not 0 <= found <= 1:
+                raise ValueError(f"{key}: found {found}, expected a probability from 0 to 1")
+
     def _check_position_groups(self) -> None:
         groups = self.conv_pos_group_dims
         if not groups and self.dim % self.conv_pos_groups:
@@ -156,9 +173,6 @@ class EncoderConfig:
                 f"conv_feature_layers: a frame hears {field} samples and the next one starts {hop} samples later; a "
                 "streaming model needs frames that leave no sample out"
             )
-        for key, frames in (("left_context_frames", self.left_context), ("lookahead_frames", self.lookahead)):
-            if frames < 0:
-                raise ValueError(f"{key}: found {frames}, expected 0 or more frames")
         sizes = [("chunk_frames", size) for size in chunks]
         sizes += [("left_context_frames", self.left_context), ("lookahead_frames", self.lookahead)]
         points = self.operating_points

@@ -169,6 +169,7 @@ class Encoder(nn.Module):
                     layers.append(output)
                 depths.append(depth)
                 x, attention_map = output.x, output.attention_map
+                del output  # or its map would live on beside the next one
             if depth == last_layer:
                 break
         return x, layers, depths

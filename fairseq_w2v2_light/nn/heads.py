@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 
 class Fp32BatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm1d computed in fp32, whatever the dtype of its input and parameters."""
+    """BatchNorm1d computed in fp32, whatever the dtype of its input and parameters.
+
+    On several GPUs each has the mean and variance of its own batches, in SEW's code, too, and the checkpoint those of
+    the first one: what is evaluated in pre-training may differ a little after a restart. No fine-tuned model has it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:

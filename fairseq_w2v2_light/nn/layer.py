@@ -21,7 +21,7 @@ class LayerOutput(NamedTuple):
 
     x: (batch, time, channel), the layer's output.
     ffn: (batch, time, channel), the FFN's output before its residual (fairseq's `layer_result`).
-    attention_map: (batch, heads, query time, key time) or None.
+    attention_map: (batch, heads, query time, key time) or None; with chunks its axes are the places of a ChunkLayout.
     """
 
     x: Tensor
@@ -92,9 +92,9 @@ class EncoderLayer(nn.Module):
             attention_map = None
         else:
             hidden = self.self_attn_layer_norm(x, gates.hidden) if self.norm_first else x
-            asking = mean_pool(hidden, query_pool, mask)
-            asked = asking if kv_pool == query_pool else mean_pool(hidden, kv_pool, mask)
-            queries, memory = self.self_attn.project(asking, asked, needs_map=attention_map is None)
+            query = mean_pool(hidden, query_pool, mask)
+            key_value = query if kv_pool == query_pool else mean_pool(hidden, kv_pool, mask)
+            queries, memory = self.self_attn.project(query, key_value, needs_map=attention_map is None)
             memory = memory if past is None else past.extend(memory)
             hidden, attention_map = self.self_attn.attend(
                 queries,

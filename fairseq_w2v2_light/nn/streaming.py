@@ -6,6 +6,7 @@ changes: a step returns a new one. States of several streams stack into one batc
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -19,12 +20,16 @@ from .masks import pooled_length
 from .operating_point import OperatingPoint
 from .squeeze import squeeze
 
+# held while a place in a Memory's storage is taken
+_TAKING = threading.Lock()
+
 
 class Memory:
     """The newest keys and values of one layer, (batch, heads, `size`, head dim): `key` (None: not kept), `value`.
 
     A value as far as its users see. Inside, later frames are written behind it into the same storage, so that a step
-    copies only its own; a state that is gone on with a second time finds its place taken, and moves to new storage.
+    copies only its own; a state that is gone on with a second time, in another thread, too, finds its place taken, and
+    moves to new storage.
     """
 
     def __init__(self, storage: KeyValue, size: int, end: Optional[int] = None, written: Optional[List[int]] = None):
@@ -45,30 +50,41 @@ class Memory:
     def append(self, own: KeyValue, known: int, kept: int) -> Tuple[KeyValue, Memory]:
         """The newest `known` frames with all of `own` behind them, and the memory that keeps `kept` frames of `own`."""
         frames = own.value.size(2)
-        place = self
-        if self._written[0] != self._end or self._end + frames > self._storage.value.size(2):
-            place = self._moved(self.size + max(self.size, 4 * frames))
+        place = self if self._takes(frames, kept) else self._moved(self.size + max(self.size, 4 * frames), kept)
         storage, end = place._storage, place._end
         for part, new in zip(storage, own):
             if part is not None:
                 part[:, :, end : end + frames] = new
-        place._written[0] = end + kept
         return storage.frames(end - known, end + frames), Memory(storage, self.size, end + kept, place._written)
+
+    def _takes(self, frames: int, kept: int) -> bool:
+        """Whether `frames` may be written behind this, of which `kept` are then taken.
+
+        They may not where others were written already, and where there is no room. What is written beyond those that
+        are kept, the next step overwrites.
+        """
+        with _TAKING:
+            free = self._written[0] == self._end and self._end + frames <= self._storage.value.size(2)
+            if free:
+                self._written[0] += kept
+            return free
 
     def row(self, row: int) -> Memory:
         """That of one stream of the batch; a view."""
         storage = KeyValue(*(None if part is None else part[row : row + 1] for part in self._storage))
         return Memory(storage, self.size, self._end, self._written)
 
-    def _moved(self, room: int) -> Memory:
+    def _moved(self, room: int, kept: int) -> Memory:
+        """A copy with room for frames behind it, of which `kept` are taken."""
         parts = []
         for part in (self.key, self.value):
             if part is not None:
-                storage = part.new_empty(part.size(0), part.size(1), room, part.size(3))
+                with torch.inference_mode(False):  # steps in and outside of that mode may write to it
+                    storage = part.new_empty(part.size(0), part.size(1), room, part.size(3))
                 storage[:, :, : self.size] = part
                 part = storage
             parts.append(part)
-        return Memory(KeyValue(*parts), self.size, self.size)
+        return Memory(KeyValue(*parts), self.size, self.size, [self.size + kept])
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from ..nn.activations import get_activation
 from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
-from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace
+from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace, random_tensors
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
@@ -75,7 +75,7 @@ class HalfLinear(nn.Module):
 @functools.lru_cache(maxsize=None)
 def _can_pack() -> bool:
     """Whether this torch has oneDNN's packed product of bfloat16, and it computes a product."""
-    x, weight = torch.randn(3, 8).to(HALF), torch.randn(4, 8).to(HALF)
+    x, weight = (value.to(HALF) for value in random_tensors((3, 8), (4, 8)))
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "gelu", [], "none")

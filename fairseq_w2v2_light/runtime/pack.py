@@ -371,15 +371,16 @@ class PackedPositions(nn.Module):
 
 
 class PackedUnsqueeze(Unsqueeze):
-    """Unsqueeze with one packed Linear for each factor up to the largest."""
+    """Unsqueeze with one packed Linear for each of `factors`, the ones that it will be asked for."""
 
-    def __init__(self, unsqueeze: Unsqueeze, rows: int):
+    def __init__(self, unsqueeze: Unsqueeze, rows: int, factors: Sequence[int]):
         nn.Module.__init__(self)
         self.dim, self.factor, self.residual = unsqueeze.dim, unsqueeze.factor, unsqueeze.residual
         self.linears = nn.ModuleDict(
             {
                 str(factor): PackedLinear(*unsqueeze.weights(factor), -(-rows // factor), gelu=True)
-                for factor in range(2, unsqueeze.factor + 1)
+                for factor in factors
+                if factor > 1
             }
         )
 
@@ -445,7 +446,7 @@ def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
             setattr(module, name, PackedLinear(child.weight, child.bias, rows))
         elif isinstance(child, Unsqueeze):
             if not isinstance(child, PackedUnsqueeze):
-                setattr(module, name, PackedUnsqueeze(child, rows))
+                setattr(module, name, PackedUnsqueeze(child, rows, module.config.operating_points.squeeze))
         elif isinstance(child, Frontend):
             if not isinstance(child, PackedFrontend):
                 setattr(module, name, PackedFrontend(child))
@@ -471,7 +472,7 @@ def _pack_ffn(layer: EncoderLayer, rows: int) -> None:
 
 def _can_pack() -> bool:
     """Whether this torch has oneDNN's packed product (an internal name of torch), and it computes a product."""
-    x, weight, bias = _random((3, 8), (4, 8), (4,))
+    x, weight, bias = random_tensors((3, 8), (4, 8), (4,))
     expected = F.linear(x, weight, bias)
     try:
         plain, gelu = (PackedLinear(weight, bias, 3, gelu)(x) for gelu in (False, True))
@@ -480,7 +481,7 @@ def _can_pack() -> bool:
     return torch.allclose(plain, expected, atol=1e-5) and torch.allclose(gelu, F.gelu(expected), atol=1e-5)
 
 
-def _random(*shapes: Sequence[int]) -> List[Tensor]:
+def random_tensors(*shapes: Sequence[int]) -> List[Tensor]:
     """The same in every call; the caller's random numbers stay as they are."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator) for shape in shapes]
@@ -488,7 +489,7 @@ def _random(*shapes: Sequence[int]) -> List[Tensor]:
 
 def _can_convolve() -> bool:
     """Whether this torch has oneDNN's convolution, as `_can_pack`."""
-    x, weight, bias = _random((1, 9, 8), (4, 4, 3), (4,))
+    x, weight, bias = random_tensors((1, 9, 8), (4, 4, 3), (4,))
     expected = F.gelu(F.conv1d(x.transpose(1, 2), weight, bias, stride=2, padding=1, groups=2)).transpose(1, 2)
     try:
         found = PackedConv1d(weight, bias, padding=1, groups=2, gelu=True)(x, 2)

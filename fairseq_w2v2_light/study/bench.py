@@ -136,8 +136,9 @@ def load_model(source: str, overrides: Sequence[str] = ()) -> CtcModel:
 
     subject = load_subject(source, list(overrides))
     point = OperatingPoint.parse(subject.own_point) if subject.own_point else None
-    torch.manual_seed(0)
-    model = CtcModel(subject.network, SYMBOLS, subject.normalizes, point=point)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CtcModel(subject.network, SYMBOLS, subject.normalizes, point=point)
     return model.eval().requires_grad_(False)
 
 
@@ -206,7 +207,15 @@ def compare(
     that cannot be run.
     """
     check(setting, repeats)
+    threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads)
+    try:
+        return _compare(contenders, setting, repeats, clock, memory)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(contenders, setting, repeats, clock, memory) -> Table:
     runs, left_out = _build_all(contenders, setting)
     if not runs:
         raise ValueError(f"nothing to run: {'; '.join(left_out.values()) or 'no contenders'}")
@@ -387,7 +396,9 @@ def _peak_of_calls(contender: Contender, setting: Setting) -> Optional[int]:
     model = load_model(contender.source, contender.overrides)
     run, wave = build(contender, setting, model), _wave(model, setting)
     with torch.inference_mode():
-        run(wave[:, : max(1, round(wave.size(1) * min(1.0, _WARM_UP / setting.seconds)))])
+        # what is compiled is compiled for a length
+        short = 1.0 if contender.compiled else min(1.0, _WARM_UP / setting.seconds)
+        run(wave[:, : max(1, round(wave.size(1) * short))])
         return added_memory(lambda: [run(wave) for _ in range(2)])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import gc
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..nn.counts import SAMPLE_RATE
 from ..runtime.prepare import require_device
 from .bench import timer
 from .cost import load_subject
-from .resident import in_own_process, resident
+from .resident import added_memory, in_own_process
 from .speed import in_turns
 
 # utterances of a batch have such lengths, relative to the shortest: the recipes crop the others to it
@@ -82,8 +83,14 @@ def clip_norm(recipe: str) -> float:
     return float(load_recipe(recipe).optimization.get("clip_norm", 0.0))
 
 
-def update(side: Side, sample: Dict[str, Any], clip: float, clock=time.perf_counter) -> Dict[str, float]:
-    """One update as fairseq's trainer makes it, of one batch; returns the seconds of its parts."""
+def update(
+    side: Side, sample: Dict[str, Any], clip: float, clock=time.perf_counter, number: int = 0
+) -> Dict[str, float]:
+    """One update as fairseq's trainer makes it, of one batch; returns the seconds of its parts (on the CPU).
+
+    number: of the update, from which a stochastic model draws its operating point.
+    """
+    side.model.set_num_updates(number)
     times = [clock()]
     loss, size, _ = side.criterion(side.model, sample)
     times.append(clock())
@@ -118,29 +125,39 @@ def peak_memory(
     threads: int,
     stock: bool = False,
     device: str = "cpu",
-) -> Tuple[int, int]:
-    """Weights, and bytes that the model and two updates of it add at most to the memory of a process of their own.
+) -> Tuple[int, Optional[int]]:
+    """The number of parameters, and bytes that a model and two updates of it add at most to a process of their own.
 
-    device: "cpu" or "cuda", whose memory is counted.
+    seconds: of the whole batch. A stochastic model runs at its least reduced point, which takes the most. device: "cpu"
+    or "cuda", whose memory is counted; None where the system does not say (anything but Linux).
     """
     return in_own_process(_peak_of_updates, recipe, overrides, seconds, utterances, threads, stock, device)
 
 
-def _peak_of_updates(recipe, overrides, seconds, utterances, threads, stock, device) -> Tuple[int, int]:
+def _peak_of_updates(recipe, overrides, seconds, utterances, threads, stock, device) -> Tuple[int, Optional[int]]:
     torch.set_num_threads(threads)
     sample = batch(recipe, seconds, utterances, device=device)
-    before = _taken("VmRSS", device)
-    side = build(recipe, overrides, stock, device)
-    for _ in range(2):
-        update(side, sample, clip_norm(recipe))
-    return sum(parameter.numel() for parameter in side.model.parameters()), _taken("VmHWM", device) - before
+    parameters: List[int] = []
 
+    def updates() -> None:
+        side = build(recipe, overrides, stock, device)
+        if not stock:
+            side.model.operating_point = side.model.operating_point or side.model.config.operating_points.default
+        for number in range(2):
+            update(side, sample, clip_norm(recipe), number=number)
+        parameters.append(_parameters(side))
 
-def _taken(what: str, device: str) -> int:
-    """Bytes that this process has (VmRSS) or had at most (VmHWM) in the memory of a device."""
     if device == "cpu":
-        return resident(what)
-    return torch.cuda.memory_allocated() if what == "VmRSS" else torch.cuda.max_memory_allocated()
+        added = added_memory(updates)
+    else:
+        before = torch.cuda.memory_allocated()
+        updates()
+        added = torch.cuda.max_memory_allocated() - before
+    return parameters[0], added
+
+
+def _parameters(side: Side) -> int:
+    return sum(parameter.numel() for parameter in side.model.parameters())
 
 
 @dataclass(frozen=True)
@@ -175,8 +192,9 @@ def compare_updates(
     """Complete updates of stock fairseq and of ours in turns (forward, backward, gradient norm, Adam); their memory.
 
     Both have the recipe's shape, hear the same noise, `utterances` of `seconds`, and run every layer in every update.
-    Where ours shares or squeezes nothing, they have the same weights, too. device: "cpu" or "cuda". Raises ValueError
-    for anything but a recipe of one of our pre-training models, and for a GPU that is not there.
+    Where ours shares or squeezes nothing, they have the same weights, too; where it is stochastic, every update draws
+    an operating point. device: "cpu" or "cuda". Raises ValueError for anything but a recipe of one of our pre-training
+    models, and for a GPU that is not there.
     """
     require_device(device)
     if seconds <= 0 or updates < 1 or utterances < 1:
@@ -197,11 +215,15 @@ def compare_updates(
         sides[1].model.load_state_dict(states[0])
         losses = [fixed_loss(side, sample) for side in sides]
 
-    calls = {side.name: functools.partial(update, side, sample, clip) for side in sides}
+    numbers = {side.name: itertools.count() for side in sides}
+    calls = {side.name: lambda side=side: update(side, sample, clip, number=next(numbers[side.name])) for side in sides}
     times = in_turns({name: timer(call, clock) for name, call in calls.items()}, updates)
-    counts = [sum(parameter.numel() for parameter in side.model.parameters()) for side in sides]
+    counts = [_parameters(side) for side in sides]
     names = [side.name for side in sides]
     del sides, states, calls  # before other processes need memory
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
     peaks: List[Optional[int]] = [None, None]
     if memory:
         arguments = (recipe, overrides, seconds * utterances, utterances, threads)

@@ -216,13 +216,15 @@ def saved(path, **changes):
     estimate([[A, B]], SYMBOLS).save(path)
     with np.load(path) as archive:
         content = {name: archive[name] for name in archive.files}
-    np.savez(path, **{**content, **changes})
+    content = {**content, **changes}
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(version=np.array(99)), "graph.npz: denominator graph of version 99, expected 1; build it again with"),
+        (dict(version=None), "graph.npz: denominator graph of version none, expected 1"),
         (dict(kind=np.array("other")), "graph.npz: not a denominator graph; build it again"),
         (dict(log_start=np.log([0.3, 0.3])), "graph.npz: damaged denominator graph .its fingerprint does not match"),
         (dict(symbols=np.array(SPECIALS + ["b", "a"])), "its fingerprint does not match"),
@@ -280,3 +282,12 @@ def test_another_dictionary_is_refused(symbols, message):
 
 def test_its_own_dictionary_is_fine():
     estimate([[A]], SYMBOLS).check_dictionary(tuple(SYMBOLS), "here")
+
+
+def test_a_graph_that_evaluation_saw_first_can_train():
+    graph = estimate([[A, B]], SYMBOLS)
+    with torch.inference_mode():
+        graph.tensors("cpu", torch.float32)
+    logits = torch.randn(1, 4, 3, requires_grad=True)
+    logits.index_select(2, graph.tensors("cpu", torch.float32).columns[:2] * 0).sum().backward()
+    assert logits.grad is not None

@@ -222,13 +222,22 @@ def test_idle_parameters_get_gradient_zero(tiny):
     assert model.encoder.upsample[0].weight.grad.abs().max() > 0
 
 
+def test_heads_of_pretraining_are_idle_where_only_features_are_asked_for(tiny):
+    model = tiny.light(**STOCHASTIC).train()
+    source, _ = tiny.audio(SAMPLES, SAMPLES)
+    model(source, mask=False, features_only=True, operating_point="s1q1k1")["x"].sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert model.final_proj.weight.grad.abs().max() == 0
+
+
 def test_keeping_idle_parameters_changes_neither_output_nor_gradient(tiny, monkeypatch):
     source, _ = tiny.audio(SAMPLES, SAMPLES)
     results = []
     for kept in (True, False):
         model = tiny.light(layout="large", attention_map_every=2, **STOCHASTIC).train()
         if not kept:
-            monkeypatch.setattr(model, "_keep_idle_parameters", lambda x: x)
+            monkeypatch.setattr(model, "_keep_idle_parameters", lambda x, features_only: x)
         loss = loss_of(model, source, tiny.mask(2, FRAMES), operating_point="s2q1k2")
         loss.backward()
         results.append((loss, {name: parameter.grad for name, parameter in model.named_parameters()}))

@@ -2,7 +2,9 @@
 
 import pytest
 
-from fairseq_w2v2_light.nn import encoder_config, frame_lengths, parse_conv_layers, receptive_field
+from fairseq_w2v2_light.nn import OperatingPoint, encoder_config, frame_lengths, parse_conv_layers, receptive_field
+from fairseq_w2v2_light.nn.config import EncoderConfig
+from fairseq_w2v2_light.nn.operating_point import OperatingPointSpace
 
 STOCK = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
@@ -113,6 +115,11 @@ def test_conv_layers_of_absurd_size_are_refused(text):
         ({"query_pools": ()}, r"query_pools: found \[\]"),
         ({"kv_pools": (2, 2)}, r"kv_pools: found \[2, 2\]"),
         ({"unique_layers": 9}, "unique_layers: found 9"),
+        ({"layerdrop": 5}, "encoder_layerdrop: found 5, expected a probability from 0 to 1"),
+        ({"dropout": -0.1}, "dropout: found -0.1"),
+        ({"attention_dropout": 1.5}, "attention_dropout: found 1.5"),
+        ({"lookahead_frames": -3}, "lookahead_frames: found -3, expected 0 or more frames"),
+        ({"left_context_frames": -1}, "left_context_frames: found -1"),
         ({"layer_map": "0,1"}, "layer_map '0,1'"),
     ),
 )
@@ -301,3 +308,21 @@ def test_a_model_section_with_pruned_widths():
     hash(config)
     plain = encoder_config_from({**stock, "encoder_embed_dim": 16})
     assert (plain.layer_heads, plain.head_dim, plain.norm_dim, plain.prune_units) == ((), 0, 0, ())
+
+
+def test_operating_points_count_the_layers_of_their_network():
+    """Whatever space a caller made: one of 12 layers, by default."""
+    config = EncoderConfig(
+        conv_layers=((8, 10, 5),),
+        dim=16,
+        layer_map=(0, 1),
+        heads=2,
+        conv_pos_groups=2,
+        attention_map_every=2,
+        operating_points=OperatingPointSpace(query=(1, 2), per_layer=True),
+    )
+    points = config.operating_points
+    assert (points.depth, points.map_every, points.query) == (2, 2, (1, 2))
+    assert {len(points.draw(0, update).query) for update in range(20)} == {1}
+    with pytest.raises(ValueError, match="12"):
+        points.check(OperatingPoint(query=(1,) * 11 + (2,)))

@@ -2,6 +2,7 @@
 
 import io
 import random
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -335,6 +336,26 @@ def test_a_state_never_changes(stream, streams):
     assert same(state.to_dict(), before)
     again, two = after(stream, state, 3, seed=10)
     assert torch.equal(first, again) and same(then, two.to_dict()) and same(then, one.to_dict())
+
+
+def test_steps_in_and_outside_of_inference_mode(stream):
+    expected = after(stream, stream.start(), 6, seed=0)[0]
+    for inside in (0, 1):
+        state, frames = stream.start(), []
+        for index in range(6):
+            with torch.inference_mode(index % 2 == inside):
+                y, state = after(stream, state, 1, seed=index)
+                frames.append(y.clone())
+        torch.testing.assert_close(torch.cat(frames, dim=1), expected)
+
+
+def test_threads_that_go_on_from_the_same_state(stream):
+    _, state = after(stream, stream.start(), 3, seed=0)
+    expected = [after(stream, state, 4, seed)[0] for seed in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(5):
+            found = threads.map(lambda seed: after(stream, state, 4, seed)[0], range(6))
+            assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
 @pytest.mark.parametrize("seed", range(4))

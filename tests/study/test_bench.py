@@ -47,7 +47,9 @@ def test_every_column_follows_from_the_times(checkpoint):
         Contender("int8", checkpoint, dtype="int8"),
         Contender("s2q1k2", checkpoint, point="s2q1k2"),
     ]
+    torch.set_num_threads(2)
     table = compare(contenders, SETTING, 3, counting_clock(), memory=False)
+    assert torch.get_num_threads() == 2
     rows = {row.contender.name: row for row in table.rows}
     assert list(rows) == [contender.name for contender in contenders] and not table.left_out
     model = load_ctc(checkpoint)
