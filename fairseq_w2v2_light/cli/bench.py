@@ -99,7 +99,10 @@ def parse_models(words: Sequence[str]) -> List[Tuple[str, Tuple[str, ...]]]:
     """Models, each with the overrides that follow it; raises ValueError for overrides that follow none."""
     models: List[Tuple[str, Tuple[str, ...]]] = []
     for word in words:
-        if os.path.exists(word) or not (word.startswith("model.") and "=" in word):
+        key, equals, _ = word.partition("=")
+        if not os.path.exists(word) and equals and key.isidentifier():
+            raise ValueError(f"'{word}': neither a model nor an override of one; expected model.{word}")
+        if os.path.exists(word) or not (word.startswith("model.") and equals):
             models.append((word, ()))
         elif models:
             models[-1] = (models[-1][0], (*models[-1][1], word))

@@ -1,7 +1,8 @@
 """Recipes: the hydra YAML files in `config/`, read without hydra."""
 
+import difflib
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +21,14 @@ def recipe_path(recipe: str) -> Path:
         if path.is_file():
             return path
     known = sorted(str(path.relative_to(config_dir()).with_suffix("")) for path in config_dir().rglob("*.yaml"))
-    raise FileNotFoundError(f"recipe '{recipe}': no such file or name; the shipped ones are {', '.join(known)}")
+    hint = did_you_mean(str(recipe), known)
+    raise FileNotFoundError(f"recipe '{recipe}': no such file or name{hint}; the shipped ones are {', '.join(known)}")
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is closest to what was found; empty where none is."""
+    close = difflib.get_close_matches(found, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def load_recipe(recipe: str) -> DictConfig:
@@ -31,6 +39,11 @@ def load_recipe(recipe: str) -> DictConfig:
     except Exception as error:
         raise ValueError(f"recipe '{path}': not readable as YAML ({error})") from error
     name = model_name(cfg) if OmegaConf.is_dict(cfg) else ""
+    if not name:
+        raise ValueError(
+            f"recipe '{path}': found no model._name in it, expected the YAML of a training; those of infer, for one, "
+            "name a checkpoint, which can be given itself"
+        )
     if name not in MODEL_DATACLASS_REGISTRY:
         raise ValueError(f"recipe '{path}': model._name is '{name}', which is no registered fairseq model")
     return cfg
@@ -72,6 +85,9 @@ def parse_overrides(overrides: List[str]) -> Dict[str, str]:
     changes: Dict[str, str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
+        if key.startswith("model.recipe_overrides."):
+            own = key.replace("recipe_overrides.", "")
+            raise ValueError(f"override '{text}': write {own}={value}, the recipe's keys are the model's own here")
         if not equals or not key.startswith("model.") or key.count(".") != 1:
             raise ValueError(f"override '{text}': expected model.KEY=VALUE, for example model.unique_layers=12")
         key = key[len("model.") :]
@@ -90,7 +106,8 @@ def apply_overrides(model: DictConfig, changes: Dict[str, str]) -> DictConfig:
     values = {}
     for key, text in changes.items():
         if key not in model:
-            raise ValueError(f"override 'model.{key}': the model has no such key")
+            hint = did_you_mean(key, map(str, model))
+            raise ValueError(f"override 'model.{key}': the model has no such key{hint}")
         if isinstance(model[key], str):
             values[key] = unquoted(text)
         else:

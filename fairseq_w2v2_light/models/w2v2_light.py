@@ -275,6 +275,7 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
         self.quantizer = self.input_quantizer = self.target_glu = None
         if cfg.quantize_targets:
             target_dim = cfg.latent_dim if cfg.latent_dim > 0 else final_dim
+            _check_quantizer(cfg, target_dim)
             self.quantizer = GumbelQuantizer(
                 dim=self.embed,
                 num_vars=cfg.latent_vars,
@@ -505,6 +506,22 @@ class W2V2LightModel(Wav2Vec2Model, Backbone):
             idle += [parameter for head in heads if head is not None for parameter in head.parameters()]
         zero = sum(parameter.reshape(-1)[0] * 0.0 for parameter in idle if parameter.requires_grad)
         return x + zero
+
+
+def _check_quantizer(cfg: W2V2LightConfig, dim: int) -> None:
+    for key in ("latent_vars", "latent_groups"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"model.{key}: found {getattr(cfg, key)}, expected 1 or more")
+    if dim % cfg.latent_groups:
+        raise ValueError(
+            f"model.latent_groups: {cfg.latent_groups} groups do not divide the {dim} channels of the targets "
+            "(latent_dim, or final_dim)"
+        )
+    if len(cfg.latent_temp) != 3:
+        raise ValueError(
+            f"model.latent_temp: found {list(cfg.latent_temp)}, expected the first temperature, the last one, and the "
+            "factor from one update to the next, like [2.0, 0.5, 0.999995]"
+        )
 
 
 @dataclass

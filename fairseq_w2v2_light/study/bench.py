@@ -43,6 +43,8 @@ IMPLEMENTATIONS = {
     "onnx": "onnxruntime",
     "onnx-int8": "onnxruntime int8",
 }
+# seconds of audio that are timed at most: a day
+LONGEST = 86_400
 # edges of the square matrices whose products say what a machine can do; which is best depends on its caches
 _EDGES = {"cpu": (1024, 2048, 3072), "cuda": (4096, 8192)}
 # seconds of audio after which a process has everything that it needs for any audio
@@ -315,6 +317,8 @@ def check(setting: Setting, repeats: int = 1) -> None:
             raise ValueError(f"{what}: found {found:g}, expected a positive number")
     if setting.threads < 1:
         raise ValueError(f"threads: found {setting.threads}, expected 1 or more")
+    if setting.seconds > LONGEST:
+        raise ValueError(f"seconds: found {setting.seconds:g}, expected at most {LONGEST:,}")
     require_device(setting.device)
 
 

@@ -21,6 +21,8 @@ from ..runtime.checkpoint import is_checkpoint_file
 from ..runtime.folder import bytes_by_dtype, is_model_folder, read_folder
 
 LETTERS = 32
+# seconds of audio that are counted or timed at most: eleven days
+LONGEST = 10**6
 
 
 @dataclass
@@ -118,9 +120,11 @@ def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = 
             changes.setdefault(key, str(settings[key]))
     if settings.get("w2v_path"):
         changes = _with_causal_positions(model, changes)
-    keeps_heads = str(settings.get("keep_pretraining_heads", False)).lower() == "true"
+    keeps_heads = str(settings.get("keep_pretraining_heads", False)).lower()
+    if keeps_heads not in ("true", "false"):
+        raise ValueError(f"override 'model.keep_pretraining_heads={keeps_heads}': expected true or false")
     labels = LETTERS if vocabulary is None else vocabulary
-    return Subject(name, apply_overrides(model, changes), labels, keeps_heads, _normalizes(recipe))
+    return Subject(name, apply_overrides(model, changes), labels, keeps_heads == "true", _normalizes(recipe))
 
 
 def _with_causal_positions(checkpoint: DictConfig, changes: Dict[str, str]) -> Dict[str, str]:
@@ -195,6 +199,7 @@ def cost(
     result = {
         "model": subject.name,
         "kind": "ctc" if subject.vocabulary else "pretraining",
+        "keeps_pretraining_heads": bool(subject.vocabulary and subject.pretraining_heads),
         "parameters": total,
         "effective_parameters": total - sum(stored) + sum(stored[index] for index in config.layer_map),
         "parameters_with_pretraining_heads": total + dropped,
@@ -209,7 +214,9 @@ def cost(
         "latency_ms": None if waits is None else 1000 * waits.total / subject.sample_rate,
         "layers": config.depth,
         "unique_layers": config.unique_layers,
-        "attention_maps": -(-config.depth // config.attention_map_every),
+        "attention_maps": sum(
+            config.heads_of(stored) > 0 for stored in config.layer_map[:: config.attention_map_every]
+        ),
         "operating_points": [str(trained) for trained in config.operating_points.points()],
         "kept": kept_widths(config),
     }
@@ -249,6 +256,7 @@ def format_cost(result: Dict[str, Any]) -> str:
     """The table that `w2v2-light cost` prints."""
     parameters, macs = result["parameters_by_part"], result["macs_by_part"]
     head = "CTC head" if result["kind"] == "ctc" else "pre-training heads"
+    head = "CTC and pre-training heads" if result["keeps_pretraining_heads"] else head
     rows = [
         ("frontend", parameters["frontend"], macs["frontend"]),
         ("projection", parameters["projection"], macs["projection"]),
@@ -263,12 +271,12 @@ def format_cost(result: Dict[str, Any]) -> str:
     ]
     lines = [
         f"{result['model']} at {result['operating_point']}, {result['seconds']:g} s of audio",
-        f"{'part':<28}{'parameters':>14}{'MMACs':>12}",
+        f"{'part':<28} {'parameters':>13} {'MMACs':>11}",
     ]
     for name, stored, count in rows:
         stored = "" if stored is None else f"{stored:,}"
         count = "" if count is None else f"{count / 1e6:,.1f}"
-        lines.append(f"{name:<28}{stored:>14}{count:>12}")
+        lines.append(f"{name:<28} {stored:>13} {count:>11}")
     lines.append(
         f"{result['bytes'] / 2**20:.1f} MiB in fp32; {result['effective_parameters']:,} parameters without sharing; "
         f"{result['attention_maps']} attention maps"

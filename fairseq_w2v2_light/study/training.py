@@ -23,6 +23,8 @@ from ..models import W2V2LightModel
 from ..models.checkpoint import ENCODER_MODELS, STOCK_ENCODER, model_name
 from ..models.recipe import load_recipe
 from ..nn.counts import SAMPLE_RATE
+from ..runtime.checkpoint import is_checkpoint_file
+from ..runtime.folder import is_model_folder
 from ..runtime.prepare import require_device
 from .bench import timer
 from .cost import load_subject
@@ -205,6 +207,7 @@ def compare_updates(
     overrides = ("model.encoder_layerdrop=0.0", *overrides) if not _sets_layerdrop(overrides) else tuple(overrides)
     torch.set_num_threads(threads)
     sample, clip = batch(recipe, seconds * utterances, utterances, device=device), clip_norm(recipe)
+    _require_frames(recipe, overrides, sample)
     sides = [build(recipe, overrides, stock, device) for stock in (True, False)]
     states = [side.model.state_dict() for side in sides]
     same = {name: value.shape for name, value in states[0].items()} == {
@@ -249,11 +252,26 @@ def _sets_layerdrop(overrides: Sequence[str]) -> bool:
 
 
 def _require_pretraining(recipe: str) -> None:
+    if is_model_folder(recipe) or is_checkpoint_file(recipe):
+        raise ValueError(
+            f"'{recipe}': a trained model; updates are timed from random weights, expected a pre-training recipe"
+        )
     settings = load_recipe(recipe)
     if model_name(settings) not in (STOCK_ENCODER, *ENCODER_MODELS):
         raise ValueError(
             f"'{recipe}': a recipe of model '{model_name(settings)}', expected pre-training, one of "
             f"{', '.join(ENCODER_MODELS)}"
+        )
+
+
+def _require_frames(recipe: str, overrides: Sequence[str], sample: Dict[str, Any]) -> None:
+    """Masks need room."""
+    subject = load_subject(recipe, list(overrides))
+    frames, span = subject.network.frames(sample["net_input"]["source"].size(1)), subject.model.mask_length
+    if frames <= span:
+        raise ValueError(
+            f"training: the shortest utterance has {frames} frames, expected more than a mask, {span}; choose more "
+            "seconds"
         )
 
 

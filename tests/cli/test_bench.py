@@ -130,11 +130,22 @@ def test_overrides_belong_to_the_recipe_before_them():
         ([TINY, "--training", "--dtypes", "int8", "--compile"], "in fp32; leave out --dtypes, --compile"),
         ([TINY, "--training", "--updates", "0"], "training: found 0 updates"),
         (["finetuning/tiny", "--training"], "expected pre-training, one of"),
+        (
+            [TINY, "--training", "--seconds", "0.01"],
+            "shortest utterance has 0 frames, expected more than a mask",
+        ),
+        ([TINY, "--seconds", "1e300"], "seconds: found 1e+300, expected at most 86,400"),
+        ([TINY, "unique_layers=2"], "neither a model nor an override of one; expected model.unique_layers=2"),
     ],
 )
 def test_bad_input_gets_a_message(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_updates_of_a_trained_model_are_refused(checkpoint, capsys):
+    assert main(["bench", checkpoint, "--training"]) == 2
+    assert "a trained model; updates are timed from random weights" in capsys.readouterr().err
 
 
 def test_an_unknown_dtype_is_refused(capsys):

@@ -389,6 +389,13 @@ def test_text_overrides_are_taken_as_they_stand():
     ("arguments", "message"),
     [
         ([TINY, "model.nonsense=1"], "'model.nonsense': the model has no such key"),
+        ([TINY, "model.unique_layer=1"], "has no such key; did you mean unique_layers?"),
+        (["pretraining/sew_tinny"], "no such file or name; did you mean pretraining/sew_tiny?"),
+        (["infer/ctc"], "found no model._name in it, expected the YAML of a training"),
+        ([TINY, "--seconds", "1e300"], "--seconds: found 1e+300, expected a positive number, at most 1,000,000"),
+        ([TINY, "--seconds", "3", "--latency"], "--latency does not depend on --seconds"),
+        (["distillation/tiny", "model.recipe_overrides.encoder_layers=2"], "write model.encoder_layers=2"),
+        (["distillation/tiny", "model.keep_pretraining_heads=banana"], "=banana': expected true or false"),
         ([TINY, "model.unique_layers=1", "model.unique_layers=2"], "model.unique_layers is given twice"),
         ([TINY, "unique_layers=1"], "expected model.KEY=VALUE"),
         ([TINY, "model.unique_layers=9"], "unique_layers: found 9"),
