@@ -61,6 +61,8 @@ STARTS = {
     "pruned": ["plain"],
     "combined": ["plain", "combined"],
 }
+# real-time factors are of one thread, which models as small as these can use
+THREADS = "1"
 DTYPES = "float32,int8"
 SPLITS = ("valid", "test")
 SEED = ", seed "
@@ -210,7 +212,8 @@ def run(command: List[str]) -> None:
 
 def compare(models: List[str], data: Path, split: str, out: Path) -> List[Dict[str, str]]:
     """The rows that `w2v2-light tradeoff` finds on a split."""
-    run(["tradeoff", str(data), *models, "--split", split, "--dtype", DTYPES, "--out", str(out)])
+    options = ["--split", split, "--dtype", DTYPES, "--threads", THREADS, "--out", str(out)]
+    run(["tradeoff", str(data), *models, *options])
     with open(out / "tradeoff.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -229,7 +232,7 @@ def format_results(results: Dict[str, List[Dict[str, str]]]) -> str:
     for key, found in groups.items():
         counted = [mean(found[last], column) for column in ("parameters", "bytes", "macs", "real_time_factor")]
         cells = [f"{counted[0] / 1e6:.2f} M", f"{counted[1] / 2**20:.2f}", f"{counted[2] / 1e9:.2f}"]
-        cells += [f"{counted[3]:.4f}", *(spread(found[split], "wer") for split in results), spread(found[last], "cer")]
+        cells += [f"{counted[3]:.5f}", *(spread(found[split], "wer") for split in results), spread(found[last], "cer")]
         lines.append([*key, str(len(found[last])), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
