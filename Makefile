@@ -36,7 +36,7 @@ test: venv
 EXAMPLE = "$(VENV)/bin/python" examples
 BENCHMARK = -"$(VENV)/bin/python" benchmarks
 PLAIN = outputs/compare/plain/seed1/finetuned/checkpoint_last.pt
-ON_SECOND = --start outputs/compare --seeds 1 --scale 0.2333 \
+ON_SECOND = --start outputs/compare --scale 0.2333 \
     --set "optimization.update_freq=[4]" model.mask_prob=0.1 model.mask_channel_prob=0.05
 
 results: results-data venv

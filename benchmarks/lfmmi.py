@@ -5,7 +5,7 @@
 Prints a table: milliseconds of one forward and backward (median and fastest of interleaved repeats) at --frames and at
 twice as many of the same transcripts, the ratio of the fastest, and the memory that one adds at its peak. On a machine
 that does other work the fastest tells more. Exits with 1 when the fastest run of an order-2 loss takes more than
---limit seconds, or its ratio lies outside of 1.8 to 2.2 (linear in frames).
+--limit seconds, or its ratio lies outside of 1.8 to 2.2 (linear in frames), but not with --smoke.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from fairseq_w2v2_light.criterions.lfmmi import distillation_lfmmi, lfmmi_loss
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 LINEAR = (1.8, 2.2)
+SMOKE = dict(batch=2, frames=60, symbols=8, repeats=1)
 
 
 def main() -> int:
@@ -35,7 +36,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=float, default=1.0, help="seconds for an order-2 loss at --frames (default: 1)")
+    parser.add_argument("--smoke", action="store_true", help="short audio, for seconds: whether it runs at all")
     args = parser.parse_args()
+    if args.smoke:
+        parser.set_defaults(**SMOKE)
+        args = parser.parse_args()
     # First, in forked processes: a thread pool or a device that is in use does not survive a fork.
     losses = ["ctc"] + [f"{kind} order {order}" for order in args.orders for kind in ("training", "distillation")]
     peaks = {name: peak_memory(name, args) for name in losses}
@@ -57,7 +62,7 @@ def main() -> int:
             missed.append(name)
     verdict = f"missed by {missed}" if missed else "met"
     print(f"\nlimits ({args.limit:g} s, ratio {LINEAR[0]} to {LINEAR[1]}): {verdict}")
-    return 1 if missed else 0
+    return 1 if missed and not args.smoke else 0
 
 
 def measure(losses, args):

@@ -13,7 +13,8 @@ Memory: the peak resident memory that two updates (with Adam's states from the f
 the shared model of --memory-recipe as it is and with a map in every layer, and for the unshared one. "counted" is what
 weights, gradients and Adam's two states take in fp32; the rest are activations, which sharing leaves as they are.
 
---cpu-time counts the time that this process computed (with --threads 1): for a machine that others use too.
+--cpu-time counts the time that this process computed (with --threads 1): for a machine that others use too. Exits with
+1 when a limit of ours is missed, but not with --smoke.
 """
 
 import argparse
@@ -34,6 +35,8 @@ from fairseq_w2v2_light.study.training import PARTS, Side, batch, build, clip_no
 # four numbers of fp32 for each weight: itself, its gradient and Adam's two averages
 BYTES_OF_A_WEIGHT = 16
 TINY = "pretraining/light_stochastic_tiny"
+# times faster than stock fairseq, and of the unshared model's memory
+LEAST_SPEED_UP, MOST_MEMORY = 1.25, 0.6
 SMOKE = dict(
     recipe=TINY, layers=2, batch_seconds=2.0, repeats=1, memory_recipe=TINY, memory_layers=24, memory_seconds=1.0
 )
@@ -64,16 +67,20 @@ def main() -> int:
         parser.error("--cpu-time counts one thread: add --threads 1")
     warnings.filterwarnings("ignore", module=r"fairseq\.|torch\.")
     print(f"torch {torch.__version__}, {args.threads} threads, fp32, {args.repeats} turns")
+    missed: List[str] = []
     if "memory" in args.parts:
-        compare_memory(args)
+        share = compare_memory(args)
+        missed += [f"memory {share:.2f} of {MOST_MEMORY:g}"] if share > MOST_MEMORY else []
     if "time" in args.parts:
         torch.set_num_threads(args.threads)
-        compare_time(args)
-    return 0
+        speed_up = compare_time(args)
+        missed += [f"time {speed_up:.2f} of {LEAST_SPEED_UP:g}"] if speed_up < LEAST_SPEED_UP else []
+    print(f"\nlimits: {'missed by ' + '; '.join(missed) if missed else 'met'}")
+    return 1 if missed and not args.smoke else 0
 
 
-def compare_time(args) -> None:
-    """Prints the table of updates of both sides, and with --profile their operations."""
+def compare_time(args) -> float:
+    """Prints the table of updates of both sides, and with --profile their operations; how many times faster ours is."""
     plain = (*PLAIN, "model.encoder_layerdrop=0.0", *layers_override(args.layers), *args.overrides)
     sample = batch(args.recipe, args.batch_seconds, args.utterances, args.padded)
     sides = [build(args.recipe, plain, stock=True), build(args.recipe, plain, stock=False)]
@@ -102,6 +109,7 @@ def compare_time(args) -> None:
     if args.profile:
         for side in sides:
             print(f"\n{side.name}\n\n{operations(side, sample, clip)}")
+    return reference / statistics.median(totals[sides[1].name])
 
 
 def layers_override(layers) -> List[str]:
@@ -115,8 +123,11 @@ def operations(side: Side, sample: Dict[str, Any], clip: float) -> str:
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45)
 
 
-def compare_memory(args) -> None:
-    """Prints the table of peak memory: shared as the recipe has it, with a map in every layer, unshared."""
+def compare_memory(args) -> float:
+    """Prints the table of peak memory: unshared, shared with a map in every layer, and as the recipe has it.
+
+    Returns the last one's share of the first one's.
+    """
     layers = layers_override(args.memory_layers)
     cases = {
         "unshared": (*layers, *PLAIN, "model.attention_map_every=1"),
@@ -134,6 +145,7 @@ def compare_memory(args) -> None:
         reference = reference or peak
         counted = BYTES_OF_A_WEIGHT * weights / 2**20
         print(f"| {name} | {weights / 1e6:.2f} M | {counted:.0f} | {peak / 2**20:.0f} | {peak / reference:.2f} |")
+    return peak / reference
 
 
 if __name__ == "__main__":

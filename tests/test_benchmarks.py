@@ -78,6 +78,13 @@ def test_transcription_gives_the_text_of_the_pieces():
     assert any(name.startswith("starts of") for name in measured)
 
 
+def test_lfmmi_compares_the_losses():
+    rows = {row[0]: row[1:] for row in smoke("lfmmi.py")}
+    losses = [f"{kind} order {order}" for order in (2, 3) for kind in ("training", "distillation")]
+    assert list(rows) == ["loss", "ctc", *losses]
+    assert all(float(rows[loss][2]) > 0 for loss in losses)
+
+
 def test_budget_compares_what_it_took_with_the_budget():
     columns, row = smoke("budget.py")
     measured = dict(zip(columns, row))
