@@ -21,7 +21,6 @@ from ..nn.encoder import Encoder
 from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
-from ..nn.norms import LayerNorm
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
 from .ctc import CtcModel
@@ -35,6 +34,8 @@ _NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
 _MKL_LEAST, _MKL_LEAST_GELU = 384, 512
 # the fewest channels in and out of a layer of three taps and stride 2 that is faster in pairs of frames
 _PAIRS_LEAST = 512
+# the largest of the weights of queries, keys and values that are packed twice, together and apart: 576 KiB each
+_APART_MOST = 384 * 384
 # frames of the frontend at a time, fewest and most: 2.56 s, where its first layer has 512 channels, to 10.24 s
 PIECE_FRAMES = (128, 512)
 # what the first layer makes of a piece: 16 MiB
@@ -221,6 +222,8 @@ class PackedConvLayer(nn.Module):
         if self.centred:
             weight = weight - weight.mean(-1, keepdim=True)
             bias = None if bias is None else bias - bias.mean()
+            self._gain, self._shift = norm[1].weight.detach(), norm[1].bias.detach()
+            self._eps = torch.tensor(norm[1].eps)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         in_pairs = self.kernel == 3 and self.stride == 2 and min(weight.shape[1:]) >= _PAIRS_LEAST
@@ -241,7 +244,7 @@ class PackedConvLayer(nn.Module):
         if paired:
             self._convolve_pairs(x, weight, bias, y[:paired], space)
         if self.centred:
-            y = _scale_(y, self.layer_norm)
+            y = self._scale_(y)
         elif self.layer_norm is not None:
             y = self.layer_norm(y)
         return torch.ops.aten.gelu_(y)
@@ -276,6 +279,12 @@ class PackedConvLayer(nn.Module):
         e2.copy_(ahead)
         second.addmm_(_rows(x, pairs, row, 2 * channels, 3 * channels), weight[1:].flatten(0, 1))
 
+    def _scale_(self, x: Tensor) -> Tensor:
+        """The LayerNorm of `x` (time, channel), each row of which has mean 0, in place."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        variance = torch.addcmul(self._eps, norm, norm, value=1 / x.size(-1), out=norm)
+        return torch.addcmul(self._shift, x.mul_(variance.rsqrt_()), self._gain, out=x)
+
     def normalised(self, wave: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the first layer; with its GroupNorm over `wave` (samples,), if it has one.
 
@@ -306,13 +315,6 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], y: Tensor) -> No
         torch.mm(x, weight, out=y)
     else:
         torch.addmm(bias, x, weight, out=y)
-
-
-def _scale_(x: Tensor, norm: LayerNorm) -> Tensor:
-    """`norm` of `x` (time, channel), each row of which has mean 0, in place."""
-    deviation = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    deviation.square_().div_(x.size(-1)).add_(norm.eps)
-    return torch.addcmul(norm.bias.detach(), x.mul_(deviation.rsqrt_()), norm.weight.detach(), out=x)
 
 
 class PackedPositions(nn.Module):
@@ -393,20 +395,27 @@ class PackedAttention(MultiheadAttention):
     """MultiheadAttention whose queries, keys and values of the same frames are one product.
 
     A frame's row of the result is longer than it need be where it would take a multiple of 4 KiB: all frames of a head
-    would then share a few places of the cache. Of LARGE's attention that is a sixth of the time.
+    would then share a few places of the cache. Of LARGE's attention that is a sixth of the time. With `apart` they are
+    products of their own where queries are of other frames, as pooling makes them; that takes the weights twice.
     """
 
-    def __init__(self, attention: MultiheadAttention, rows: int):
+    def __init__(self, attention: MultiheadAttention, rows: int, apart: bool = False):
         nn.Module.__init__(self)
         self.heads, self.head_dim, self.dropout = attention.heads, attention.head_dim, attention.dropout
         linears = attention.q_proj, attention.k_proj, attention.v_proj
         weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
         gap = 16 if weight.size(0) * weight.element_size() % 4096 == 0 else 0
         self.in_proj = PackedLinear(F.pad(weight, (0, 0, 0, gap)), F.pad(bias, (0, gap)), rows)
+        self.apart = nn.ModuleList(PackedLinear(linear.weight, linear.bias, rows) for linear in linears if apart)
         self.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias, rows)
 
     def project(self, query: Tensor, key_value: Tensor, needs_map: bool = True) -> Tuple[Optional[Tensor], KeyValue]:
         """See MultiheadAttention."""
+        if self.apart and key_value is not query:
+            q_proj, k_proj, v_proj = self.apart
+            queries = self._split(q_proj(query)) if needs_map else None
+            keys = self._split(k_proj(key_value)) if needs_map else None
+            return queries, KeyValue(keys, self._split(v_proj(key_value)))
         asking = self.in_proj(query)
         asked = asking if key_value is query else self.in_proj(key_value)
         inner = self.heads * self.head_dim
@@ -436,11 +445,14 @@ def pack_(model: nn.Module, rows: int) -> bool:
 def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
     if isinstance(module, EncoderLayer):
         _pack_ffn(module, rows)
-    if isinstance(module, Encoder) and _asks_itself(module.config):
+    if isinstance(module, Encoder):
+        always, ever = _asks_itself(module.config)
         for layer in module.layers:
             # a Linear: neither packed already nor of another precision
             if isinstance(getattr(layer.self_attn, "q_proj", None), nn.Linear):
-                layer.self_attn = PackedAttention(layer.self_attn, rows)
+                small = layer.self_attn.q_proj.weight.numel() <= _APART_MOST
+                if always or ever and small:
+                    layer.self_attn = PackedAttention(layer.self_attn, rows, apart=not always)
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias, rows))
@@ -457,10 +469,11 @@ def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
             _pack_children(child, rows, convolutions)
 
 
-def _asks_itself(config: EncoderConfig) -> bool:
-    """Whether queries, keys and values are those of the same frames, in every layer and at every operating point."""
-    pools = config.operating_points.query
-    return pools == config.operating_points.key_value and len(pools) == 1 and config.attention_map_every == 1
+def _asks_itself(config: EncoderConfig) -> Tuple[bool, bool]:
+    """Whether queries, keys and values are of the same frames: in every layer and at every point, and at any at all."""
+    queries, keys = (set(pools) for pools in (config.operating_points.query, config.operating_points.key_value))
+    makes_maps = config.attention_map_every == 1
+    return makes_maps and len(queries | keys) == 1, makes_maps and bool(queries & keys)
 
 
 def _pack_ffn(layer: EncoderLayer, rows: int) -> None:

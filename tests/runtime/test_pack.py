@@ -332,13 +332,16 @@ def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
 @needs_product
 @pytest.mark.parametrize("dim", (32, 1024))
 @pytest.mark.parametrize(
-    "pools, every, fused", [((1,), 1, True), ((2,), 1, True), ((1, 2), 1, False), ((1,), 2, False)]
+    "pools, every, fused",
+    [((1,), 1, (32, 1024)), ((2,), 1, (32, 1024)), ((1, 2), 1, (32,)), ((1,), 2, ())],
 )
-def test_queries_keys_and_values_are_one_product_where_they_are_always_of_the_same_frames(dim, pools, every, fused):
-    """With 1,024 channels rows of the result would be 12 KiB long, and get a gap."""
+def test_queries_keys_and_values_are_one_product_where_they_are_of_the_same_frames(dim, pools, every, fused):
+    """With 1,024 channels rows of the result would be 12 KiB long, and get a gap; the weights are not packed twice."""
     changes = dict(query_pools=pools, kv_pools=pools, attention_map_every=every, dim=dim, encoder_layers=2)
     model, packed = both(network, **changes)
-    assert [isinstance(layer.self_attn, pack.PackedAttention) for layer in packed.encoder.layers] == [fused] * 2
+    for layer in packed.encoder.layers:
+        assert isinstance(layer.self_attn, pack.PackedAttention) == (dim in fused)
+        assert dim not in fused or len(layer.self_attn.apart) == 3 * (len(pools) > 1)
     wave = torch.randn(2, 1300)
     for point in model.config.operating_points.points():
         for lengths in (None, torch.tensor([1300, 700])):
@@ -347,14 +350,16 @@ def test_queries_keys_and_values_are_one_product_where_they_are_always_of_the_sa
 
 
 @needs_product
-def test_the_one_product_answers_other_questions_too():
+@pytest.mark.parametrize("apart", (False, True))
+def test_the_one_product_answers_other_questions_too(apart):
     """Other frames, or a map that is there already: attention, as nothing here asks for it."""
     attention = perturbed(MultiheadAttention(32, 4, head_dim=6))
-    packed = pack.PackedAttention(attention, 12)
+    packed = pack.PackedAttention(attention, 12, apart)
     query, key_value, attention_map = torch.randn(2, 5, 32), torch.randn(2, 9, 32), torch.rand(2, 4, 5, 9)
     for arguments in ((query, query), (query, key_value), (query, key_value, None, attention_map)):
         found, expected = packed(*arguments), attention(*arguments)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed.attention_map(query, key_value), attention.attention_map(query, key_value))
 
 
 @needs_product
