@@ -119,6 +119,8 @@ def limits(name: str, table: Table) -> Iterator[Tuple[str, float, float]]:
     for other, least in LEAST.get(name, {}).items():
         if other in rows:
             yield f"times as fast as {other}", rows[other].median / rows[PACKED].median, least
+        else:
+            print(f"\n{name}: not compared with {other}")
     if name in LEAST_OF_PRODUCT:
         yield "of the product's speed at best", rows[PACKED].best_fraction, LEAST_OF_PRODUCT[name]
     if name in POINTS:

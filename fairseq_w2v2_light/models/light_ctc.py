@@ -238,11 +238,11 @@ def _changes(cfg: LightCtcConfig, start: EncoderCheckpoint) -> dict:
             changes[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if cfg.operating_point:
         changes["operating_point"] = cfg.operating_point
-    drawn = sorted(changes.keys() & {"squeeze_factors", "query_pools", "kv_pools"})
+    drawn = [key for key in ("squeeze_factors", "query_pools", "kv_pools") if len(changes.get(key, ())) > 1]
     fixed = model.get("operating_point")
     if drawn and not cfg.operating_point and fixed and fixed != STOCHASTIC:
         raise ValueError(
-            f"model.{drawn[0]}: found factors to draw from, but the checkpoint is one of the fixed operating point "
-            f"{fixed}, where it would stay; add model.operating_point=stochastic, or another point"
+            f"model.{drawn[0]}: found factors to draw from, but training would stay at the operating point {fixed} of "
+            f"where it starts; add model.operating_point=stochastic to draw, or model.operating_point={fixed}"
         )
     return changes

@@ -144,7 +144,7 @@ class EncoderConfig:
             ("dropout", self.dropout),
             ("attention_dropout", self.attention_dropout),
             ("activation_dropout", self.activation_dropout),
-            ("encoder_layerdrop", self.layerdrop),
+            ("encoder_layerdrop (layerdrop)", self.layerdrop),
         ):
             if not 0 <= found <= 1:
                 raise ValueError(f"{key}: found {found}, expected a probability from 0 to 1")

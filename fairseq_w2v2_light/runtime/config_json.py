@@ -38,11 +38,9 @@ def network_from_dict(values: Any, where: str) -> EncoderConfig:
             raise ValueError(f"{where}.{key}: found {found}, expected 1 to {most:,}")
     if min(min(layer) for layer in config.conv_layers) < 1:
         raise ValueError(f"{where}.conv_layers: found {list(config.conv_layers)}, expected positive numbers")
-    if config.operating_points.depth != config.depth:
-        raise ValueError(
-            f"{where}.operating_points.depth: found {config.operating_points.depth}, but layer_map has {config.depth} "
-            "layers"
-        )
+    depth = values.get("operating_points", {}).get("depth", config.depth)
+    if depth != config.depth:
+        raise ValueError(f"{where}.operating_points.depth: found {depth}, but layer_map has {config.depth} layers")
     return config
 
 

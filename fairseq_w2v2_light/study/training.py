@@ -204,8 +204,18 @@ def compare_updates(
             f"training: found {updates} updates of {utterances} utterances of {seconds:g} s, expected more than 0"
         )
     _require_pretraining(recipe)
-    overrides = ("model.encoder_layerdrop=0.0", *overrides) if not _sets_layerdrop(overrides) else tuple(overrides)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        return _compare_updates(recipe, overrides, seconds, utterances, threads, updates, clock, memory, device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare_updates(
+    recipe, overrides, seconds, utterances, threads, updates, clock, memory, device
+) -> List[UpdateRow]:
+    overrides = ("model.encoder_layerdrop=0.0", *overrides) if not _sets_layerdrop(overrides) else tuple(overrides)
     sample, clip = batch(recipe, seconds * utterances, utterances, device=device), clip_norm(recipe)
     _require_frames(recipe, overrides, sample)
     sides = [build(recipe, overrides, stock, device) for stock in (True, False)]

@@ -149,10 +149,12 @@ def test_a_fixed_checkpoint_becomes_stochastic_again(tiny, light_checkpoint, tmp
     path = tiny.save(tmp_path / "fixed.pt", ctc_cfg(fixed), fixed.state_dict(), dictionary=tiny.letters())
     assert str(encoder_of(build(tiny=tiny, w2v_path=path)).operating_point) == "s2q1k2"
     assert encoder_of(build(tiny=tiny, w2v_path=path, operating_point="stochastic")).operating_point is None
-    with pytest.raises(ValueError, match="kv_pools: found factors .* operating point s2q1k2, .*=stochastic"):
+    with pytest.raises(ValueError, match="kv_pools: found factors .* stay at the operating point s2q1k2 .*=stochastic"):
         build(tiny=tiny, w2v_path=path, kv_pools=[1, 2, 4])
     again = build(tiny=tiny, w2v_path=path, kv_pools=[1, 2, 4], operating_point="stochastic")
     assert encoder_of(again).check_operating_point("s1q1k4")
+    narrow = build(tiny=tiny, w2v_path=path, squeeze_factors=[2], query_pools=[1], kv_pools=[2])
+    assert str(encoder_of(narrow).operating_point) == "s2q1k2"
 
 
 def test_fewer_factors_keep_the_unsqueeze_weights(tiny, light_checkpoint):

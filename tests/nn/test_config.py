@@ -115,7 +115,7 @@ def test_conv_layers_of_absurd_size_are_refused(text):
         ({"query_pools": ()}, r"query_pools: found \[\]"),
         ({"kv_pools": (2, 2)}, r"kv_pools: found \[2, 2\]"),
         ({"unique_layers": 9}, "unique_layers: found 9"),
-        ({"layerdrop": 5}, "encoder_layerdrop: found 5, expected a probability from 0 to 1"),
+        ({"layerdrop": 5}, "encoder_layerdrop .layerdrop.: found 5, expected a probability from 0 to 1"),
         ({"dropout": -0.1}, "dropout: found -0.1"),
         ({"attention_dropout": 1.5}, "attention_dropout: found 1.5"),
         ({"lookahead_frames": -3}, "lookahead_frames: found -3, expected 0 or more frames"),
