@@ -182,7 +182,8 @@ def test_pruning_then_fine_tuning(corpus, tuned, tmp_path, capsys):
 
 
 def test_a_killed_pruning_ends_as_one_that_was_not(corpus, tuned, tmp_path):
-    overrides = [f"model.w2v_path={tuned}", *HASTY, "optimization.max_update=6", "criterion.ramp_updates=4"]
+    # many: fairseq makes one more of a run that was killed after its last
+    overrides = [f"model.w2v_path={tuned}", *HASTY, "optimization.max_update=30", "criterion.ramp_updates=20"]
     overrides += [
         "criterion.method=sepsize",
         "checkpoint.save_interval_updates=1",
@@ -202,7 +203,7 @@ def test_a_killed_pruning_ends_as_one_that_was_not(corpus, tuned, tmp_path):
 
     expected, found = state(whole / "checkpoint_last.pt"), state(broken / "checkpoint_last.pt")
     assert expected["criterion"]["multipliers.values"].shape == (2, 2)
-    assert expected["optimizer_history"][-1]["num_updates"] == 6
+    assert expected["optimizer_history"][-1]["num_updates"] == 30
     assert sorted(expected["last_optimizer_state"]) == ["default", "gates", "multipliers"]
     for part in ("model", "criterion", "last_optimizer_state"):
         same(expected[part], found[part], part)
