@@ -31,14 +31,14 @@ def test_it_is_the_direct_sum(kernel, stride):
             exact = F.conv1d(padded, weight.double(), bias.double(), stride, groups=4).transpose(1, 2)[:, :frames]
             found = fourier(x, before, frames)
             assert found.shape == (batch, frames, 12) and found.dtype == torch.float32
-            torch.testing.assert_close(found.double(), exact, atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_more_channels_out_than_in_and_no_bias():
     weight = weights(10, 3, 9)
     x = torch.randn(2, 40, 6)
     expected = F.conv1d(x.transpose(1, 2), weight, stride=2, padding=4, groups=2).transpose(1, 2)
-    torch.testing.assert_close(FourierConv1d(weight, None, 2, 2)(x, 4, 20), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(FourierConv1d(weight, None, 2, 2)(x, 4, 20), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", (lambda x: x.to(torch.bfloat16), lambda x: x.double(), lambda x: x.mT.contiguous().mT))
@@ -47,7 +47,7 @@ def test_its_input_is_read_as_it_stands_and_stays(make):
     x = make(torch.randn(2, 50, 8))
     before, fourier = x.clone(), FourierConv1d(weight, torch.zeros(8), 2)
     expected = F.conv1d(x.float().transpose(1, 2), weight, padding=16, groups=2).transpose(1, 2)
-    torch.testing.assert_close(fourier(x, 16, 50), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(fourier(x, 16, 50), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(x, before)
 
 
@@ -70,7 +70,7 @@ def test_positions(stride, causal, group_dims):
     for frames in (1, 4, 63, 64, 300):
         for batch in (1, 3):
             x = torch.randn(batch, frames, channels)
-            torch.testing.assert_close(packed(x, stride), positions(x, stride), atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(packed(x, stride), positions(x, stride), atol=1e-5, rtol=1e-5)
     assert list(packed._fourier) == ([stride] if stride <= 2 else [])
 
 
@@ -83,7 +83,7 @@ def test_chunks_of_a_stream_are_direct_until_they_are_long():
     expected = positions(whole)
     for start, end, spectra in ((32, 40, False), (40, 64, False), (64, 97, True), (97, 200, True)):
         found = packed(whole[:, start:end], past=whole[:, start - 32 : start])
-        torch.testing.assert_close(found, expected[:, start:end], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(found, expected[:, start:end], atol=1e-5, rtol=1e-5)
         assert bool(packed._fourier) == spectra
 
 
@@ -93,7 +93,7 @@ def test_a_torch_without_transforms_convolves_directly(monkeypatch):
     positions = ConvPositions(8, 33, 2).requires_grad_(False)
     packed = pack.PackedPositions(positions)
     x = torch.randn(2, 50, 8)
-    torch.testing.assert_close(packed(x), positions(x), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(packed(x), positions(x), atol=1e-5, rtol=1e-5)
     assert packed._fourier is None
 
     def missing(*args, **kwargs):
