@@ -406,16 +406,17 @@ class PackedAttention(MultiheadAttention):
         weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
         gap = 16 if weight.size(0) * weight.element_size() % 4096 == 0 else 0
         self.in_proj = PackedLinear(F.pad(weight, (0, 0, 0, gap)), F.pad(bias, (0, gap)), rows)
-        self.apart = nn.ModuleList(PackedLinear(linear.weight, linear.bias, rows) for linear in linears if apart)
+        self.apart = apart
+        if apart:
+            self.q_proj, self.k_proj, self.v_proj = (
+                PackedLinear(linear.weight, linear.bias, rows) for linear in linears
+            )
         self.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias, rows)
 
     def project(self, query: Tensor, key_value: Tensor, needs_map: bool = True) -> Tuple[Optional[Tensor], KeyValue]:
         """See MultiheadAttention."""
         if self.apart and key_value is not query:
-            q_proj, k_proj, v_proj = self.apart
-            queries = self._split(q_proj(query)) if needs_map else None
-            keys = self._split(k_proj(key_value)) if needs_map else None
-            return queries, KeyValue(keys, self._split(v_proj(key_value)))
+            return super().project(query, key_value, needs_map)
         asking = self.in_proj(query)
         asked = asking if key_value is query else self.in_proj(key_value)
         inner = self.heads * self.head_dim

@@ -21,7 +21,7 @@ from ..runtime.checkpoint import is_checkpoint_file
 from ..runtime.folder import bytes_by_dtype, is_model_folder, read_folder
 
 LETTERS = 32
-# seconds of audio that are counted or timed at most: eleven days
+# seconds of audio that are counted at most: eleven days
 LONGEST = 10**6
 
 
