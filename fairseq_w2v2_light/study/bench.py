@@ -28,7 +28,7 @@ from ..runtime.quantized import INT8, best_method
 from ..runtime.timings import percentile
 from .peers import PEERS
 from .resident import added_memory, in_own_process
-from .speed import in_turns
+from .speed import in_turns, torch_threads
 
 # the labels of a model with random weights: LibriSpeech's letters
 SYMBOLS = [*SPECIAL_SYMBOLS, *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
@@ -211,12 +211,8 @@ def compare(
     that cannot be run.
     """
     check(setting, repeats)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(setting.threads)
-    try:
+    with torch_threads(setting.threads):
         return _compare(contenders, setting, repeats, clock, memory)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compare(contenders, setting, repeats, clock, memory) -> Table:

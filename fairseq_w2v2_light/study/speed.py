@@ -1,9 +1,10 @@
 """How fast CTC models transcribe on this machine. Without fairseq."""
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,17 @@ from ..runtime.pack import pack_
 Result = TypeVar("Result")
 # frames of a typical utterance, 10 s, for which weights are laid out
 _ROWS = 500
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads inside, and with as many as before after that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_packed(checkpoint) -> CtcModel:

@@ -29,7 +29,7 @@ from ..runtime.prepare import require_device
 from .bench import timer
 from .cost import load_subject
 from .resident import added_memory, in_own_process
-from .speed import in_turns
+from .speed import in_turns, torch_threads
 
 # utterances of a batch have such lengths, relative to the shortest: the recipes crop the others to it
 LENGTHS = (1.0, 1.3, 1.1, 1.6)
@@ -204,12 +204,8 @@ def compare_updates(
             f"training: found {updates} updates of {utterances} utterances of {seconds:g} s, expected more than 0"
         )
     _require_pretraining(recipe)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return _compare_updates(recipe, overrides, seconds, utterances, threads, updates, clock, memory, device)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _compare_updates(
