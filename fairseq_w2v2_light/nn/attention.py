@@ -111,4 +111,4 @@ class MultiheadAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, heads * head_dim) -> (B, heads, T, head_dim)."""
-        return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)

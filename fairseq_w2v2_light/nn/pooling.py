@@ -21,15 +21,14 @@ def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tai
     if factor == 1:
         return x
     valid = None if mask is None else mask.valid
-    batch, time, channels = x.shape
+    time = x.size(1)
     windows = pooled_length(time, factor, drop_tail)
-    if valid is None and not is_exporting():
-        full = min(time // factor, windows)
-        means = _mean(x[:, : full * factor].unflatten(1, (full, factor)))
-        if full == windows:
-            return means
-        rest = x[:, full * factor :]
-        return torch.cat([means, rest if rest.size(1) == 1 else rest.mean(1, keepdim=True)], dim=1)
+    # on CPUs older torches pool no fp16
+    if valid is None and not is_exporting() and (x.is_cuda or x.dtype != torch.float16):
+        # as an image of height 1 whose channels are innermost in memory: a third of the time of a mean over windows
+        image = x.transpose(1, 2).unsqueeze(2)
+        means = F.avg_pool2d(image, (1, factor), ceil_mode=windows * factor > time, count_include_pad=False)
+        return means.squeeze(2).transpose(1, 2)
 
     if valid is None:
         weights = x.new_ones(1, time, 1)
@@ -40,15 +39,6 @@ def mean_pool(x: Tensor, factor: int, mask: Optional[FrameMask] = None, drop_tai
     sums = F.pad(x, (0, 0, 0, end)).unflatten(1, (windows, factor)).sum(2)
     counts = F.pad(weights, (0, 0, 0, end)).unflatten(1, (windows, factor)).sum(2)
     return sums / counts.clamp(min=1)
-
-
-def _mean(windows: Tensor) -> Tensor:
-    """(batch, windows, frames, channel) -> (batch, windows, channel)."""
-    if windows.requires_grad or windows.dtype != torch.float32 or windows.device.type != "cpu":
-        return windows.mean(2)
-    # of so few frames, sums take half the time
-    first, *others = windows.unbind(2)
-    return sum(others, first) / windows.size(2)
 
 
 def repeat_frames(x: Tensor, factor: int, time: int) -> Tensor:

@@ -1,8 +1,11 @@
 """Which CPU this is."""
 
+import functools
 import platform
 import re
 from pathlib import Path
+
+import torch
 
 
 def cpu_name() -> str:
@@ -13,3 +16,9 @@ def cpu_name() -> str:
         text = ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else f"{platform.machine()} {platform.processor()}".strip()
+
+
+@functools.lru_cache(maxsize=None)
+def multiplies_by_mkl() -> bool:
+    """Whether torch's own products in fp32 are fast: they are MKL's, which is slow on CPUs that are not Intel's."""
+    return torch.backends.mkl.is_available() and "Intel" in cpu_name()

@@ -69,10 +69,12 @@ class CtcModel(nn.Module):
         after the valid samples and frames has no meaning. point: None is the model's own. Raises ValueError for audio
         that is not finite or too short for one frame, and for a point that the model was not trained for.
         """
-        lengths = _check_wave(wave, lengths)
-        if self.normalize:
-            wave = normalized(wave, lengths)
-        wave = wave if self.input_dtype is None else wave.to(self.input_dtype)
+        lengths = _check_lengths(wave, lengths)
+        heard = normalized(wave, lengths) if self.normalize else wave
+        if not is_exporting():
+            # what is not finite makes all of a row NaN when it is normalised
+            _check_finite(wave, heard[:, :1] if self.normalize else heard)
+        wave = heard if self.input_dtype is None else heard.to(self.input_dtype)
         point = self.point if point is None else point
         encoded, mask = self.backbone.encode(wave, lengths, point, keep_layers=False)
         logits = self.head(encoded.x)
@@ -96,16 +98,22 @@ def normalized(wave: Tensor, lengths: Optional[Tensor] = None) -> Tensor:
     return centred * (centred.square().sum(1, keepdim=True) / count + 1e-5).rsqrt()
 
 
-def _check_wave(wave: Tensor, lengths: Optional[Tensor]) -> Optional[Tensor]:
-    """`lengths` on the device of `wave`; raises ValueError unless both can be run."""
+def _check_finite(wave: Tensor, sample: Tensor) -> None:
+    """Raises ValueError where `wave` (batch, samples) is not finite; `sample`: values that it would have spoilt."""
+    # the sum of finite samples is finite, unless they are huge: looking at each takes ten times as long
+    if bool(torch.isfinite(sample.sum())):
+        return
+    rows = (~torch.isfinite(wave).all(dim=1)).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(f"audio: NaN or infinite samples in row(s) {rows} of the batch, expected finite samples")
+
+
+def _check_lengths(wave: Tensor, lengths: Optional[Tensor]) -> Optional[Tensor]:
+    """`lengths` on the device of `wave`; raises ValueError unless both have shapes that can be run."""
     if wave.dim() != 2 or wave.size(0) == 0 or not wave.is_floating_point():
         raise ValueError(f"audio: found {wave.dtype} of shape {tuple(wave.shape)}, expected floats (batch, samples)")
     if is_exporting():
         return lengths
-    # the sum of finite samples is finite, unless they are huge: looking at each takes ten times as long
-    rows = [] if bool(torch.isfinite(wave.sum())) else (~torch.isfinite(wave).all(dim=1)).nonzero().flatten().tolist()
-    if rows:
-        raise ValueError(f"audio: NaN or infinite samples in row(s) {rows} of the batch, expected finite samples")
     if lengths is None:
         return None
     if lengths.shape != wave.shape[:1] or int(lengths.max()) > wave.size(1):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import cpu_name
+from .cpu import multiplies_by_mkl
 
 # an order for so many rows is the fastest for 100 to 1000 of them, and as fast as any for fewer
 _ROWS = 250
@@ -57,7 +57,7 @@ def mkl_serves(outputs: int, inputs: int) -> bool:
 
 @functools.lru_cache(maxsize=None)
 def _serves(outputs: int, inputs: int, threads: int) -> bool:
-    if "Intel" not in cpu_name():  # MKL is slow on others
+    if not multiplies_by_mkl():
         return False
     generator = torch.Generator().manual_seed(0)
     # of variance 1; normal ones take several times as long to draw, which would be felt when a model is loaded

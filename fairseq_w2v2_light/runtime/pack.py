@@ -23,6 +23,7 @@ from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
+from .cpu import multiplies_by_mkl
 from .ctc import CtcModel
 from .fourier import FourierConv1d, can_transform, fourier_serves
 from .mkl import MklWeight, mkl_serves
@@ -32,6 +33,8 @@ from .widen import widen_
 _NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
 # the fewest rows and columns of a weight that MKL multiplies faster; with a GELU, which oneDNN has in its product
 _MKL_LEAST, _MKL_LEAST_GELU = 384, 512
+# the largest weight that torch's own product, which is MKL's on Intel's CPUs, multiplies faster than oneDNN: 512 KiB
+_PLAIN_MOST = 2**17
 # the fewest channels in and out of a layer of three taps and stride 2 that is faster in pairs of frames
 _PAIRS_LEAST = 512
 # the largest of the weights of queries, keys and values that are packed twice, together and apart: 576 KiB each
@@ -56,12 +59,16 @@ class PackedLinear(nn.Module):
         self._activation, self._algorithm = _GELU if gelu else _NO_ACTIVATION
         large = min(weight.shape) >= (_MKL_LEAST_GELU if gelu else _MKL_LEAST)
         self.mkl = MklWeight(weight) if large and mkl_serves(*weight.shape) else None
-        self.packed = None if self.mkl else torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.plain = self.packed = None
+        if self.mkl is None and not gelu and weight.numel() <= _PLAIN_MOST and multiplies_by_mkl():
+            self.plain = weight.t().contiguous().t()
+        elif self.mkl is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mkl is None:
+        if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self._activation, [], self._algorithm)
-        y = self.mkl.linear(x, self.bias)
+        y = F.linear(x, self.plain, self.bias) if self.mkl is None else self.mkl.linear(x, self.bias)
         return y if self._activation == "none" else torch.ops.aten.gelu_(y)
 
 

@@ -71,3 +71,13 @@ def test_dtype_is_kept(dtype):
     x = torch.randn(2, 5, 3).to(dtype)
     mask = FrameMask.from_lengths(torch.tensor([5, 2]), 5)
     assert mean_pool(x, 2, mask).dtype == mean_pool(x, 2).dtype == dtype
+
+
+@pytest.mark.parametrize("factor", (2, 3))
+@pytest.mark.parametrize("time", (1, 6, 7, 8))
+def test_gradient_of_the_mean_of_any_view(time, factor):
+    """Of frames that lie apart, in double precision, last window full or not."""
+    wide = torch.randn(2, 2 * time, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: mean_pool(x[:, ::2], factor), wide)
+    view = wide.detach()[:, 1::2]
+    torch.testing.assert_close(mean_pool(view, factor)[0], naive_pool(view[0], factor, False))

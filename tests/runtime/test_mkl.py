@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_w2v2_light.runtime import mkl
+from fairseq_w2v2_light.runtime import cpu, mkl, pack
 from fairseq_w2v2_light.runtime.mkl import MklWeight, mkl_serves
 from fairseq_w2v2_light.runtime.pack import PackedLinear
 
@@ -33,7 +33,7 @@ def _threads():
 
 @pytest.fixture
 def intel(monkeypatch):
-    monkeypatch.setattr(mkl, "cpu_name", lambda: "Intel(R) Xeon(R)")
+    monkeypatch.setattr(mkl, "multiplies_by_mkl", lambda: True)
 
 
 def random_linear(outputs, inputs, seed=0):
@@ -92,12 +92,38 @@ def test_many_threads_have_onednn(intel):
 
 
 def test_other_cpus_have_onednn(monkeypatch):
-    monkeypatch.setattr(mkl, "cpu_name", lambda: "AMD EPYC")
-    weight, bias = random_linear(512, 640)
+    for module in (mkl, pack):
+        monkeypatch.setattr(module, "multiplies_by_mkl", lambda: False)
+    assert not mkl_serves(512, 640)
+    for outputs, inputs in ((512, 640), (40, 64)):
+        weight, bias = random_linear(outputs, inputs)
+        packed = PackedLinear(weight, bias, 20)
+        assert packed.mkl is None and packed.plain is None and packed.packed is not None
+        x = torch.randn(5, inputs)
+        assert torch.allclose(packed(x), F.linear(x, weight, bias), atol=2e-5)
+
+
+def test_small_linears_are_torchs_own_product_on_intels_cpus(monkeypatch):
+    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: True)
+    weight, bias = random_linear(40, 64)
     packed = PackedLinear(weight, bias, 20)
-    assert packed.mkl is None and not mkl_serves(512, 640)
-    x = torch.randn(5, 640)
-    assert torch.allclose(packed(x), F.linear(x, weight, bias), atol=2e-5)
+    assert packed.plain is not None and packed.packed is None
+    # a GELU is oneDNN's, in its product
+    assert PackedLinear(weight, bias, 20, gelu=True).plain is None
+    for shape in ((0, 64), (1, 64), (2, 7, 64)):
+        x = torch.randn(shape)
+        assert torch.allclose(packed(x), F.linear(x, weight, bias), atol=2e-5)
+    weight.zero_()
+    assert packed(x).count_nonzero(), "the weight is the packed Linear's own"
+
+
+@pytest.mark.parametrize("vendor", ("GenuineIntel: Intel(R) Xeon(R) Platinum", "AMD EPYC 9B14", "aarch64"))
+def test_which_cpus_multiply_by_mkl(vendor, monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_name", lambda: vendor)
+    cpu.multiplies_by_mkl.cache_clear()
+    assert cpu.multiplies_by_mkl() == ("Intel" in vendor and torch.backends.mkl.is_available())
+    monkeypatch.undo()
+    cpu.multiplies_by_mkl.cache_clear()
 
 
 @needs_mkl

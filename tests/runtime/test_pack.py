@@ -196,7 +196,7 @@ def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias):
 @pytest.mark.parametrize("changes", ({"extractor_norm": "group"}, {"norm_first": True}, {"unique_layers": 1}))
 def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
     """As in large networks on Intel's CPUs."""
-    monkeypatch.setattr(mkl, "cpu_name", lambda: "Intel(R) Xeon(R)")
+    monkeypatch.setattr(mkl, "multiplies_by_mkl", lambda: True)
     monkeypatch.setattr(pack, "_MKL_LEAST", 1)
     monkeypatch.setattr(pack, "_MKL_LEAST_GELU", 1)
     if not mkl.mkl_serves(32, 48):
@@ -204,6 +204,24 @@ def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
     model, packed = both(network, **{"chunk_frames": (), **changes})
     linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
     assert len(linears) > 3 and all(linear.mkl is not None for linear in linears)
+    for samples in (30, 900, 9000):
+        wave = torch.randn(2, samples)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = packed.encode(wave)[0].x
+            torch.testing.assert_close(found, model.encode(wave)[0].x, atol=2e-5, rtol=2e-5)
+
+
+@needs_product
+@pytest.mark.parametrize("plain", (False, True))
+@pytest.mark.parametrize("changes", ({"extractor_norm": "group"}, {"norm_first": True}, {"unique_layers": 1}))
+def test_networks_whose_linears_are_onednns_or_torchs_own(plain, changes, monkeypatch):
+    """As small networks on CPUs that are not Intel's, and on those that are."""
+    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: plain)
+    monkeypatch.setattr(mkl, "multiplies_by_mkl", lambda: False)
+    model, packed = both(network, **{"chunk_frames": (), **changes})
+    linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
+    assert any(linear.plain is not None for linear in linears) == plain
     for samples in (30, 900, 9000):
         wave = torch.randn(2, samples)
         for mode in (torch.no_grad, torch.inference_mode):
