@@ -42,6 +42,9 @@ ON_SECOND = --start outputs/compare --scale 0.2333 \
 results: results-data venv
 	$(EXAMPLE)/compare/run.py "$(DATA)"
 	test -z "$(SECOND)" || $(EXAMPLE)/compare/run.py "$(SECOND)" --out outputs/compare_second $(ON_SECOND)
+	for seed in 1 2 3; do "$(VENV)/bin/w2v2-light" stability --names shared,unshared --audio "$(DATA)" --split test \
+	    outputs/compare/shared/seed$$seed/finetuned/checkpoint_last.pt \
+	    outputs/compare/plain/seed$$seed/finetuned/checkpoint_last.pt || exit; done
 	$(EXAMPLE)/digits/run.py "$(DATA)"
 	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN)
 	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN)

@@ -14,6 +14,8 @@ import argparse
 import sys
 from typing import Callable, Dict, List, NamedTuple, Tuple
 
+from limits import verdict
+
 from fairseq_w2v2_light.runtime.half import multiplies_bfloat16
 from fairseq_w2v2_light.study.bench import Contender, Row, Setting, compare, format_machine, machine
 from fairseq_w2v2_light.study.cost import LETTERS, cost, load_subject
@@ -77,8 +79,7 @@ def main() -> int:
     for claim in claims:
         print(f"| {claim.paper} | {claim.says} | {claim.measured} | {claim.least:g} |")
     missed = [f"{claim.paper}: {claim.says}" for claim in claims if claim.value < claim.least]
-    print(f"\nlimits: {'missed by ' + '; '.join(missed) if missed else 'met'}")
-    return 1 if missed and not args.smoke else 0
+    return verdict(missed, args.smoke)
 
 
 def large(changes: Dict[str, str]) -> Family:

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Iterator, List, Tuple
 
+from limits import verdict
+
 from fairseq_w2v2_light.study.bench import (
     LOADED,
     OURS,
@@ -95,8 +97,7 @@ def main() -> int:
         missed += [
             f"{name}: {what} {found:.3f} of {least:g}" for what, found, least in limits(name, table) if found < least
         ]
-    print(f"\nlimits: {'missed by ' + '; '.join(missed) if missed else 'met'}")
-    return 1 if missed and not args.smoke else 0
+    return verdict(missed, args.smoke)
 
 
 def contenders(name: str) -> List[Contender]:

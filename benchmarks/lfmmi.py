@@ -17,6 +17,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from limits import verdict
 
 from fairseq_w2v2_light.criterions.denominator import estimate
 from fairseq_w2v2_light.criterions.lfmmi import distillation_lfmmi, lfmmi_loss
@@ -59,10 +60,10 @@ def main() -> int:
         times = " | ".join(f"{statistics.median(runs) * 1e3:.0f} ({min(runs) * 1e3:.0f})" for runs in (once, twice))
         print(f"| {name} | {times} | {ratio:.2f} | " + " | ".join(f"{peak:.0f}" for peak in peaks[name]) + " |")
         if "order 2" in name and (min(once) > args.limit or not LINEAR[0] <= ratio <= LINEAR[1]):
-            missed.append(name)
-    verdict = f"missed by {missed}" if missed else "met"
-    print(f"\nlimits ({args.limit:g} s, ratio {LINEAR[0]} to {LINEAR[1]}): {verdict}")
-    return 1 if missed and not args.smoke else 0
+            missed.append(
+                f"{name} {min(once):.2f} s of {args.limit:g}, ratio {ratio:.2f} of {LINEAR[0]} to {LINEAR[1]}"
+            )
+    return verdict(missed, args.smoke)
 
 
 def measure(losses, args):

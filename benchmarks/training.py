@@ -27,6 +27,7 @@ import warnings
 from typing import Any, Dict, List
 
 import torch
+from limits import verdict
 
 from fairseq_w2v2_light.study.experiment import PLAIN
 from fairseq_w2v2_light.study.speed import in_turns
@@ -75,8 +76,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
         speed_up = compare_time(args)
         missed += [f"time {speed_up:.2f} of {LEAST_SPEED_UP:g}"] if speed_up < LEAST_SPEED_UP else []
-    print(f"\nlimits: {'missed by ' + '; '.join(missed) if missed else 'met'}")
-    return 1 if missed and not args.smoke else 0
+    return verdict(missed, args.smoke)
 
 
 def compare_time(args) -> float:
