@@ -14,12 +14,14 @@ from .checkpoint import ENCODER_MODELS, STOCK_ENCODER, complete_model, model_nam
 def recipe_path(recipe: str) -> Path:
     """The file of a recipe: a YAML path, or a name below `config/` such as pretraining/w2v2_light_tiny.
 
-    Raises FileNotFoundError that lists the recipes that exist.
+    Raises FileNotFoundError, which lists the recipes that exist unless it was a checkpoint that was meant.
     """
     named = config_dir() / recipe
     for path in (Path(recipe), named.with_name(named.name + ".yaml"), named):
         if path.is_file():
             return path
+    if Path(recipe).is_absolute() or Path(recipe).suffix == ".pt":
+        raise FileNotFoundError(f"{recipe}: no such file or folder; recipes have names such as pretraining/sew_tiny")
     known = sorted(str(path.relative_to(config_dir()).with_suffix("")) for path in config_dir().rglob("*.yaml"))
     hint = did_you_mean(str(recipe), known)
     raise FileNotFoundError(f"recipe '{recipe}': no such file or name{hint}; the shipped ones are {', '.join(known)}")

@@ -87,7 +87,8 @@ def test_audio_by_file_folder_manifest_and_some_of_it(made, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["none.pt"], "recipe 'none.pt': no such file or name"),
+        (["none.pt"], "none.pt: no such file or folder; recipes have names such as pretraining/sew_tiny"),
+        (["/no/folder"], "/no/folder: no such file or folder; recipes have names such as"),
         (["PLAIN", "model.unique_layers=1"], "plain.pt': its weights fit the network that it has"),
         (["model.unique_layers=1", "PLAIN"], "'model.unique_layers=1': found an override before any model"),
         (["PLAIN", "--operating-point", "s9q1k1"], "not trained with squeeze factor 9"),
