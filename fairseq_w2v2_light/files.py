@@ -60,6 +60,8 @@ def atomic_folder(path: Union[str, Path], names: Collection[str]) -> Iterator[Pa
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
         yield temporary
+        for entry in temporary.iterdir():  # some writers let nobody else read what they wrote
+            entry.chmod(0o666 & ~mask)
         if path.is_dir():
             # a folder cannot be renamed onto one with files: the old one steps aside for the moment between
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -15,6 +15,7 @@ from ..nn.config import EncoderConfig
 from ..nn.operating_point import OperatingPoint
 from ..runtime.checkpoint import PathLike
 from ..runtime.ctc import CtcModel
+from ..runtime.folder import save_weights
 from ..runtime.text import Labels
 from .huggingface_format import (
     ACTIVATIONS,
@@ -50,10 +51,8 @@ def export_huggingface(model: CtcModel, out: PathLike, operating_point: str = ""
         raise ValueError(f"Hugging Face's {architecture} cannot express this model: {'; '.join(reasons)}")
     vocabulary = tokens_of(model.symbols)
     tensors = _tensors(model, point, family)
-    from safetensors.torch import save_file
-
     with atomic_folder(out, FILES) as folder:
-        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+        save_weights(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / CONFIG, _config(model, point, family, vocabulary))
         _write_json(folder / VOCAB, {token: index for index, token in enumerate(vocabulary)})
         _write_json(folder / TOKENIZER, _tokenizer(model, vocabulary))

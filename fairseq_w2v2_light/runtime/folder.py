@@ -105,8 +105,6 @@ def write_folder(
     model folder at `path` is replaced; raises ValueError for a folder that holds anything else, a dtype that is unknown
     or not that of the model, and a model that `prepare_` changed.
     """
-    from safetensors.torch import save_file
-
     if dtype not in DTYPES:
         raise ValueError(f"dtype: found '{dtype}', expected one of {', '.join(DTYPES)}")
     if model.prepared:
@@ -132,13 +130,24 @@ def write_folder(
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     weights = {name: value.to(DTYPES[dtype]) if value.is_floating_point() else value for name, value in weights.items()}
     with atomic_folder(path, FILES) as folder:
-        save_file(weights, str(folder / WEIGHTS))
+        save_weights(weights, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         with open(folder / TOKENS, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{symbol}\n" for symbol in model.symbols)
         (folder / CARD).write_text(card, encoding="utf-8")
         if sentencepiece is not None:
             shutil.copyfile(sentencepiece, folder / SENTENCEPIECE)
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path, metadata: Optional[Mapping[str, str]] = None) -> None:
+    """Writes tensors as safetensors; raises OSError, as other writers do, where the file cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(weights), str(file), metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{file.parent}: {file.name} cannot be written: {error}") from error
 
 
 def read_config(path: PathLike) -> Dict[str, Any]:

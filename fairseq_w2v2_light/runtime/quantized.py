@@ -151,7 +151,8 @@ def quantize_rows(x: Tensor, levels: int = 255) -> Tuple[Tensor, Tensor, Tensor]
     """
     if levels == 255 and _has_row_quantizer():
         packed = torch.ops.quantized.embedding_bag_byte_prepack(x)
-        ends = packed[:, -8:].contiguous().view(torch.float32)
+        # a copy, also of a single row, which begins where four bytes may
+        ends = packed[:, -8:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return packed[:, :-8], ends[:, :1], ends[:, 1:]
     smallest, largest = torch.aminmax(x, dim=1, keepdim=True)
     scale = (largest - smallest) / levels

@@ -15,7 +15,7 @@ from fairseq_w2v2_light.nn.config import EncoderConfig
 from fairseq_w2v2_light.nn.operating_point import OperatingPointSpace
 from fairseq_w2v2_light.paths import user_dir
 from fairseq_w2v2_light.runtime.config_json import network_from_dict, network_to_dict
-from fairseq_w2v2_light.runtime.folder import is_model_folder, read_folder, write_folder
+from fairseq_w2v2_light.runtime.folder import is_model_folder, read_folder, save_weights, write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
 from fairseq_w2v2_light.runtime.operating import record
 
@@ -300,6 +300,19 @@ def test_a_failure_leaves_what_was_there(made_once, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     with pytest.raises(ValueError, match="dtype: found 'int3', expected one of float32, bfloat16"):
         write_folder(model, out, dtype="int3")
+
+
+def test_others_may_read_it_as_the_umask_says(made_once):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {entry.name: entry.stat().st_mode & 0o777 for entry in made_once.iterdir()} == {
+        entry.name: 0o666 & ~mask for entry in made_once.iterdir()
+    }
+
+
+def test_weights_that_cannot_be_written_are_named(tmp_path):
+    with pytest.raises(OSError, match="nowhere: model.safetensors cannot be written: .*os error 2"):
+        save_weights({"weight": torch.zeros(2)}, tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_a_sentencepiece_model_is_kept(made_once, tmp_path):

@@ -8,12 +8,13 @@ from tiny_checkpoints import MODELS, STREAMING, finetuned, random_audio
 
 from fairseq_w2v2_light.cli.main import main
 from fairseq_w2v2_light.export.folder import export_folder
+from fairseq_w2v2_light.nn.frontend import receptive_field
 from fairseq_w2v2_light.nn.operating_point import OperatingPoint
 from fairseq_w2v2_light.nn.streaming import Stream
 from fairseq_w2v2_light.runtime import half, prepare
 from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
-from fairseq_w2v2_light.runtime.pack import PackedConv1d
+from fairseq_w2v2_light.runtime.pack import PackedConv1d, PackedFrontend
 from fairseq_w2v2_light.runtime.prepare import prepare_
 from fairseq_w2v2_light.runtime.quantized import QuantizedLinear, quantize_
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
@@ -92,6 +93,25 @@ def test_a_stream_gives_the_frames_of_the_whole_utterance(models, dtype):
     found = torch.cat(outputs, dim=1)
     assert found.shape == expected.x.shape
     assert (found - expected.x).square().mean().sqrt() <= TOLERANCES[dtype] * expected.x.std()
+
+
+@pytest.mark.parametrize("kind", ("base", "large"))
+@pytest.mark.parametrize("dtype", ("float32", "int8", "bfloat16"))
+def test_products_of_bfloat16_see_few_lengths(models, dtype, kind):
+    """oneDNN prepares itself for every one."""
+    exact, model = models(kind), models(kind)
+    prepare_(model, dtype, rows=20)
+    if not isinstance(model.backbone.feature_extractor, PackedFrontend):
+        pytest.skip("this torch has no packed product")
+    halved = isinstance(model.backbone.feature_extractor.conv_layers[1], half.HalfConvLayer)
+    last, lengths = model.backbone.feature_extractor.conv_layers[-1], []
+    last.register_forward_hook(lambda layer, inputs, output: lengths.append(len(output)))
+    field, hop = receptive_field(model.config.conv_layers)
+    for frames in (*range(1, 40), 127, 128, 129, 140):
+        wave, _ = random_audio((frames - 1) * hop + field)
+        logits, expected = model(wave)[0], exact(wave)[0]
+        assert (logits - expected).norm() <= TOLERANCES[dtype] * expected.norm(), frames
+    assert all(length % (8 if length <= 128 else 16) == 0 for length in lengths) == halved
 
 
 def test_the_dtype_of_a_folder_is_that_it_runs_in(tmp_path, monkeypatch):

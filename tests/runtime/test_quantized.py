@@ -87,6 +87,14 @@ def test_a_row_is_within_half_a_step_whatever_its_neighbours_are(monkeypatch, le
     assert torch.equal(quantize_rows(x[3:4], levels)[0], values[3:4])
 
 
+@pytest.mark.parametrize("channels", (61, 62, 63, 64))
+def test_a_single_row_of_any_width(channels):
+    """A part of a single row is in one piece, where it may begin at any byte."""
+    x = seeded(2, channels)
+    for ours, expected in zip(quantize_rows(x[1:]), quantize_rows(x)):
+        assert torch.equal(ours, expected[1:])
+
+
 def test_both_ways_to_quantise_rows_agree(monkeypatch):
     x = seeded(5, 64)
     fast = quantize_rows(x)
