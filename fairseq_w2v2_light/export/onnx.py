@@ -18,13 +18,14 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..files import atomic_folder
 from ..nn.frontend import receptive_field
 from ..nn.operating_point import OperatingPoint
 from ..nn.positions import WeightNormConv1d
+from ..nn.squeeze import Unsqueeze
 from ..runtime.checkpoint import PathLike
 from ..runtime.ctc import CtcModel
 from ..runtime.text import Labels
@@ -75,18 +76,20 @@ def export_onnx(
     The graph maps `wave` (batch, samples) float32 and `lengths` (batch,) int64, valid samples, to `logits` (batch,
     frames, labels) and `frame_lengths` (batch,); batch and samples are free. A padded batch gives the logits of its
     utterances, and task.normalize is part of the graph. operating_point: the one to fix, in text form; the model's own
-    by default. int8: weights of the Linears in int8, activations quantised as they come. opset: of ONNX. check: compare
-    with the model. Weights of 1 GiB and more stand beside the graph in model.onnx.data.
+    by default. int8: weights of the Linears in int8, activations quantised as they come, with one scale for a whole
+    batch, so that padding and the other rows change a row a little. opset: of ONNX. check: compare with the model.
+    Weights of 1 GiB and more stand beside the graph in model.onnx.data.
 
     An earlier export at `out` is replaced. Raises ValueError when a package is missing, the model has gates, is no fp32
-    model or not trained for the operating point, or onnxruntime's logits differ from its own by more than TOLERANCE.
+    model or not trained for the operating point, a Linear did not become int8, or onnxruntime's logits differ from the
+    model's by more than TOLERANCE.
     """
     _require_packages()
     _require_exportable(model)
     points = model.config.operating_points
     point = points.check(OperatingPoint.parse(operating_point)) if operating_point else model.point
     labels = Labels(model.symbols, model.blank)
-    model = _frozen(model, point)
+    model = _at_point(model, point)
     report: Dict[str, Any] = {}
     with atomic_folder(out, FILES) as folder:
         if int8:
@@ -137,6 +140,14 @@ def _require_exportable(model: CtcModel) -> None:
         raise ValueError("the model was prepared for this machine; load it again and export that")
 
 
+def _at_point(model: CtcModel, point: OperatingPoint) -> CtcModel:
+    """The model at one point, for inference; it has its weights in common with `model`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
+    model.point = point
+    return model
+
+
 class _FrozenPositions(WeightNormConv1d):
     """WeightNormConv1d whose weight is normalised once: a graph need not do it in every run."""
 
@@ -151,14 +162,49 @@ class _FrozenPositions(WeightNormConv1d):
         return self.frozen
 
 
-def _frozen(model: CtcModel, point: OperatingPoint) -> CtcModel:
-    """The model at one point, for inference; it has its weights in common with `model`."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared).eval()
-    positions = model.backbone.encoder.pos_conv
-    positions[0] = _FrozenPositions(positions[0])
-    model.point = point
+class _FrozenLinear(nn.Module):
+    """A Linear whose weight is laid out as MatMul takes it, (in, out).
+
+    A graph need not transpose it then. The exporter folds the Transpose only of weights that are used once, and the
+    quantiser passes over those of shared layers.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("frozen", linear.weight.detach().t().contiguous(), persistent=False)
+        self.register_buffer("bias", linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.frozen + self.bias
+
+
+def _frozen(model: CtcModel) -> CtcModel:
+    """What the graph is made of: the model at its point, with weights that the graph need not compute."""
+    model = _at_point(model, model.point)
+    encoder = model.backbone.encoder
+    encoder.pos_conv[0] = _FrozenPositions(encoder.pos_conv[0])
+    if encoder.upsample is not None and model.point.squeeze > 1:
+        encoder.upsample = _unsqueeze_of_one_factor(encoder.upsample, model.point.squeeze)
+    _freeze_linears(model)
     return model
+
+
+def _unsqueeze_of_one_factor(unsqueeze: Unsqueeze, factor: int) -> Unsqueeze:
+    """With the weights of `factor` alone."""
+    with torch.device("meta"):
+        frozen = Unsqueeze(unsqueeze.dim, factor, unsqueeze.residual)
+    weight, bias = unsqueeze.weights(factor)
+    frozen[0].weight, frozen[0].bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return frozen
+
+
+def _freeze_linears(module: nn.Module) -> None:
+    """Puts a _FrozenLinear in the place of every Linear, however deep."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, _FrozenLinear(child))
+        else:
+            _freeze_linears(child)
 
 
 # ---- writing
@@ -169,6 +215,7 @@ def _write_graph(model: CtcModel, path: Path, opset: int) -> None:
     import onnx_ir
     from onnx_ir.passes import common
 
+    model = _frozen(model)
     # a ragged batch; no step of the model depends on the sizes of the example
     wave, lengths = _batch([_samples(model, 71) + 3, _samples(model, 22), _samples(model, 37)])
     with _quiet(), torch.no_grad():
@@ -185,7 +232,7 @@ def _write_graph(model: CtcModel, path: Path, opset: int) -> None:
         graph = program.model
         # where each node stood in our source, and on whose disk
         common.ClearMetadataAndDocStringPass()(graph)
-        # a shared layer's weights are transposed anew at each depth
+        # equal weights are stored once
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph)
         logits, frame_lengths = graph.graph.outputs
         logits.shape = onnx_ir.Shape(["batch", "frames", len(model.symbols)])
@@ -196,7 +243,11 @@ def _write_graph(model: CtcModel, path: Path, opset: int) -> None:
 
 
 def _quantise(source: Path, target: Path) -> None:
-    """Writes the graph `source` with int8 weights in its Linears."""
+    """Writes the graph `source` with int8 weights in its Linears.
+
+    Raises ValueError when the quantiser left one as it was.
+    """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -210,6 +261,26 @@ def _quantise(source: Path, target: Path) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
+    left = _float_weights(onnx.load(str(target), load_external_data=False).graph)
+    if left:
+        raise ValueError(
+            f"{target.name}: {len(left)} weights of Linears are still float32, {left[0]} among them; expected all in "
+            "int8: this version of onnxruntime does not quantise them; pip install -U onnxruntime, or export in float32"
+        )
+
+
+def _float_weights(graph: Any) -> List[str]:
+    """Names of the initializers of an onnx.GraphProto that its float products take, directly or computed from them."""
+    sources = {value.name: value.name for value in graph.initializer}  # of all that depends on no input of the graph
+    found = set()
+    for node in graph.node:
+        if node.op_type in _QUANTISED:
+            found.update(sources[operand] for operand in node.input[:2] if operand in sources)
+        operands = [operand for operand in node.input if operand]
+        if all(operand in sources for operand in operands):
+            source = sources[operands[0]] if operands else node.name
+            sources.update(dict.fromkeys(node.output, source))
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -342,15 +413,21 @@ def _config(model: CtcModel, labels: Labels, dtype: str, opset: int, report: Dic
 
 
 _SPELLING = {
-    "letter": '"".join(symbols[index] for index in labels).replace("|", " ")',
-    "sentencepiece": '"".join(symbols[index] for index in labels).replace("\\u2581", " ")',
-    "word": '" ".join(symbols[index] for index in labels)',
+    "letter": '"".join(labels).replace(" ", "").replace("|", " ")',
+    "sentencepiece": '"".join(labels).replace(" ", "").replace("\\u2581", " ")',
+    "word": '" ".join(labels)',
 }
 
 
 def _card(config: Dict[str, Any], name: str) -> str:
     """README.md: what goes in and out, and a program that transcribes a file."""
     normalised = "The graph normalises utterances itself. " if config["normalize"] else ""
+    padding = "What stands after the valid samples of a row changes nothing in it."
+    if config["dtype"] == "int8":
+        padding = (
+            "Activations are quantised with one scale for the whole batch, so that padding and the other rows change "
+            "the logits of a row a little: for the same ones every time, run each utterance alone, without padding."
+        )
     lines = [
         f"# {name}",
         "",
@@ -360,7 +437,7 @@ def _card(config: Dict[str, Any], name: str) -> str:
         f"`wave` (batch, samples) is {config['sample_rate']} Hz mono float32 from -1 to 1, `lengths` (batch,) int64 "
         f"the valid samples of each row, {config['fewest_samples']} or more. {normalised}`logits` (batch, frames, "
         f"{config['labels']['count']}) have one frame for every {config['hop']} samples; the first `frame_lengths` "
-        "(batch,) of a row are valid. What stands after the valid samples of a row changes nothing in it.",
+        f"(batch,) of a row are valid. {padding}",
         "",
         "```python",
         "import json, numpy, onnxruntime, soundfile",
@@ -376,8 +453,9 @@ def _card(config: Dict[str, Any], name: str) -> str:
         'logits[..., config["labels"]["never"]] = -numpy.inf',
         "best = logits[0, : frames[0]].argmax(axis=-1).tolist()",
         "changes = [index for index, before in zip(best, [None, *best]) if index != before]",
-        'labels = [index for index in changes if index != config["blank"]]',
-        f"print({_SPELLING[config['labels']['kind']]})",
+        'labels = [symbols[index] for index in changes if index != config["blank"] and symbols[index] != "<s>"]',
+        f"text = {_SPELLING[config['labels']['kind']]}",
+        'print(" ".join(text.split()))',
         "```",
         "",
     ]

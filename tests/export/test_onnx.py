@@ -21,6 +21,8 @@ from fairseq_w2v2_light.nn.operating_point import OperatingPoint
 from fairseq_w2v2_light.runtime.ctc import CtcModel
 from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
+from fairseq_w2v2_light.runtime.recognizer import GreedyDecoder
+from fairseq_w2v2_light.runtime.text import Labels
 
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason="ONNX: pip install onnx onnxscript onnxruntime")
@@ -35,9 +37,20 @@ STOCHASTIC = dict(squeeze_factors=(1, 2), query_pools=(1, 2), kv_pools=(1, 2))
 MODELS = {
     "base": (dict(conv_pos=8), True, "", False),
     "shared": (dict(LARGE, unique_layers=1, attention_map_every=2, **STOCHASTIC), False, "s2q2k2", False),
-    "SEW": (dict(STOCHASTIC, squeeze_tail="drop", unsqueeze_residual=False), False, "s2q1k2", False),
+    "SEW": (
+        dict(STOCHASTIC, squeeze_factors=(1, 2, 3), squeeze_tail="drop", unsqueeze_residual=False),
+        False,
+        "s2q1k2",
+        False,
+    ),
     "streaming": (dict(LARGE, chunk_frames=(4,), left_context_frames=8, lookahead_frames=2), False, "", False),
     "int8": (dict(LARGE, dim=64, ffn_dim=128), True, "", True),
+    "shared int8": (
+        dict(LARGE, dim=64, ffn_dim=128, unique_layers=1, squeeze_factors=(1, 2, 3), query_pools=(1, 2)),
+        False,
+        "s2q2k1",
+        True,
+    ),
 }
 
 
@@ -129,12 +142,28 @@ def test_the_file_holds_each_weight_once_and_no_paths(written):
     graph = onnx.load(str(folder / "model.onnx")).graph
     stored = sum(int(np.prod(value.dims)) for value in graph.initializer)
     parameters = sum(value.numel() for value in model.parameters())
-    # scales and zero points of int8, constants; the unsqueeze layer's rows once more at a smaller factor
+    # scales and zero points of int8, constants
     assert stored <= parameters * 1.05 + 500
     assert os.path.dirname(onnx_export.__file__).encode() not in (folder / "model.onnx").read_bytes()
     int8 = [value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8]
     matrices = [value for value in int8 if len(value.dims) == 2]
-    assert len(matrices) == (2 * 6 + 2 if report.difference > 1e-4 else 0)  # six Linears a layer, projection and head
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert len(matrices) == (linears if report.difference > 1e-4 else 0)
+    # nothing is left to compute from weights alone, at several depths or at a smaller squeeze factor
+    names = {value.name for value in graph.initializer}
+    assert not [node.name for node in graph.node if node.input and names.issuperset(node.input)]
+
+
+def test_the_card_says_whether_padding_changes_logits(written):
+    model, folder, report = written
+    wave, lengths = audio(990)[0], torch.tensor([700])
+    session = open_session(folder / "model.onnx", threads=1)
+    alone, _ = run(session, wave[:, :700], lengths)
+    padded, _ = run(session, wave, lengths)
+    difference = (padded[:, : alone.size(1)] - alone).abs().max()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("changes nothing in it" in card) == (difference < 1e-4)
+    assert ("one scale for the whole batch" in card) == (difference > 1e-4) == (report.difference > 1e-4)
 
 
 def test_the_program_of_the_readme_transcribes(written, tmp_path, monkeypatch):
@@ -150,8 +179,49 @@ def test_the_program_of_the_readme_transcribes(written, tmp_path, monkeypatch):
     logits, _ = run(open_session("model.onnx"), torch.from_numpy(wave)[None], torch.tensor([3000]))
     logits[..., [1, 2]] = -torch.inf
     best = torch.unique_consecutive(logits[0].argmax(-1)).tolist()
-    assert printed.getvalue() == "".join(LETTERS[i] for i in best if i).replace("|", " ") + "\n"
-    assert len(printed.getvalue().strip()) > 1
+    assert printed.getvalue() == " ".join(Labels(LETTERS).text(best).split()) + "\n"
+    assert printed.getvalue().strip()
+
+
+@pytest.mark.parametrize(
+    "symbols, best, text",
+    (
+        (LETTERS, "| A A <s> A | <s> | B | | C <unk> <s> |", "AA B C<unk>"),
+        ([*LETTERS[:4], "\u2581", "\u2581A", "B"], "\u2581 \u2581A B <s> B \u2581 <s> \u2581", "ABB"),
+        ([*LETTERS[:4], "one", "two"], "one <s> one two two", "one one two"),
+    ),
+    ids=("letter", "sentencepiece", "word"),
+)
+def test_the_program_of_the_readme_spells_as_the_runtime_does(tmp_path, monkeypatch, symbols, best, text):
+    export_onnx(ctc_model(symbols=symbols, encoder_layers=1), tmp_path, check=False)
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    indices = [symbols.index(symbol) for symbol in best.split()]
+    logits = np.eye(len(symbols), dtype=np.float32)[indices][None]
+
+    class Session:
+        def __init__(self, path):
+            pass
+
+        def run(self, outputs, inputs):
+            return logits, np.array([len(indices)])
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("speech.wav", np.zeros(400), 16000)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})
+    labels = Labels(symbols)
+    words = labels.words(GreedyDecoder(labels).decode(logits[0]), 0.02)
+    assert printed.getvalue() == " ".join(word.text for word in words) + "\n" == text + "\n"
+
+
+def test_a_linear_that_did_not_become_int8_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_freeze_linears", lambda module: None)
+    message = r"model.onnx: 6 weights of Linears are still float32, backbone.encoder.layers.0.fc1.weight among them; .*"
+    with pytest.raises(ValueError, match=message + "pip install -U onnxruntime, or export in float32"):
+        export_onnx(ctc_model(unique_layers=1, dim=128, ffn_dim=128), tmp_path / "model", int8=True)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("layout, point", (("base", "s1q1k1"), ("large", "s2q1k2")))
