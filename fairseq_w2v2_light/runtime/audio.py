@@ -286,11 +286,14 @@ def _file_blocks(file: soundfile.SoundFile, name: str, block: int) -> Iterator[n
                 return
             bad = np.flatnonzero(~is_audio(samples).all(axis=1))
             if len(bad):
-                second = (read + bad[0]) / file.samplerate
-                raise ValueError(f"{name}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
+                samples = samples[: bad[0]]
             read += len(samples)
-            # channel by channel: numpy adds up a row in an order that depends on the size of the block
-            yield sum(samples.T) / np.float32(samples.shape[1])
+            if len(samples):
+                # channel by channel: numpy adds up a row in an order that depends on the size of the block
+                yield sum(samples.T) / np.float32(samples.shape[1])
+            if len(bad):
+                second = read / file.samplerate
+                raise ValueError(f"{name}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
 
 
 def _available(stream: BinaryIO, size: int) -> Iterator[bytes]:

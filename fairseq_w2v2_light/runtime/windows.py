@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Iterable, Iterator, List, NamedTuple, Tuple
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -84,9 +84,31 @@ def cut_windows(
 
     align: windows that overlap start a multiple of this many samples apart. How the stream is divided into blocks
     changes nothing. No audio, no window. What digital silence, samples of exactly 0, parts was not recorded together:
-    each part is cut as if it were a recording of its own, and the silence is not heard.
+    each part is cut as if it were a recording of its own, and the silence is not heard. Where reading fails with
+    ValueError or OSError the recording ends, and the error is raised after its last window.
     """
-    blocks = iter(blocks)
+    stream = _UntilFailure(blocks)
+    yield from _cut_parts(iter(stream), sample_rate, align, windowing)
+    if stream.error is not None:
+        raise stream.error
+
+
+class _UntilFailure:
+    """A stream of blocks that ends where it cannot be read on; error: why it could not, or None."""
+
+    def __init__(self, blocks: Iterable[np.ndarray]):
+        self._blocks = blocks
+        self.error: Optional[Exception] = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        try:
+            yield from self._blocks
+        except (ValueError, OSError) as error:
+            self.error = error
+
+
+def _cut_parts(blocks: Iterator[np.ndarray], sample_rate: int, align: int, windowing: Windowing) -> Iterator[Window]:
+    """`cut_windows` of a stream that ends without an error."""
     longest = round(windowing.longest * sample_rate)
     head, samples = [], 0
     while samples <= longest:

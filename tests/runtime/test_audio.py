@@ -136,7 +136,7 @@ def test_samples_that_are_not_finite_or_huge_are_named_by_time(tmp_path, bad):
     ):
         warnings.simplefilter("error")
         heard.extend(blocks)
-    assert len(joined(heard)) == 7680
+    assert len(joined(heard)) == 8000
 
 
 def test_a_broken_file_is_named_with_how_far_it_goes(tmp_path, monkeypatch, wave):

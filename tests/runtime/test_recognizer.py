@@ -187,6 +187,18 @@ def test_what_was_read_before_the_error_is_kept(recognizer, tmp_path):
     assert "infinite" in transcript.error and transcript.text.startswith("ABC D")
 
 
+@pytest.mark.parametrize("pause", [0.1, 0.6])
+@pytest.mark.parametrize("pieces", [1, 3, 9])
+def test_no_word_before_the_error_is_lost(recognizer, tmp_path, pause, pieces):
+    text = [sentence(9, seed) for seed in range(pieces)]
+    samples = np.concatenate([speech(piece, pause) for piece in text])
+    broken = np.concatenate([samples, np.float32([np.nan]), speech("DAD")])
+    soundfile.write(tmp_path / "broken.wav", broken, RATE, subtype="FLOAT")
+    (transcript,) = recognizer.transcribe([tmp_path / "broken.wav"])
+    assert "found a NaN" in transcript.error and transcript.text == " ".join(text)
+    assert transcript.seconds == len(samples) / RATE
+
+
 def test_a_decoder_that_fails_fails_one_recording(recognizer):
     greedy = recognizer.decoder.decode
 

@@ -90,6 +90,22 @@ def test_blocks_change_nothing(block):
         assert (one.samples == other.samples).all() and np.allclose(one.loudness, other.loudness)
 
 
+@pytest.mark.parametrize("seconds", [0, 0.5, 3.9, 7, 12.3])
+@pytest.mark.parametrize("error", [ValueError("broken"), OSError(5, "broken")])
+def test_a_recording_that_breaks_ends_there(seconds, error):
+    samples = sound(seconds)
+
+    def blocks():
+        yield from np.array_split(samples, 7)
+        raise error
+
+    found, (_, expected) = [], windows(samples)
+    with pytest.raises(type(error), match="broken"):
+        found.extend(cut_windows(blocks(), RATE, 20, SHORT))
+    assert [(window.start, window.joins) for window in found] == [(window.start, window.joins) for window in expected]
+    assert all((one.samples == other.samples).all() for one, other in zip(found, expected))
+
+
 def test_nothing_but_pauses_is_left_out():
     samples, found = windows(sound(5), hush(3), sound(0.2), hush(0.7), sound(9), hush(0.3), sound(0.1), hush(1))
     heard = np.zeros(len(samples), bool)
