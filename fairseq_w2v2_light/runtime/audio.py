@@ -11,7 +11,7 @@ import select
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, Union
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import numpy as np
 import soundfile
@@ -28,7 +28,12 @@ _UNKNOWN_FRAMES = 2**62
 _HEADER_BYTES = 4
 # Raw samples start with one of these by an accident of 1 in 2**32 at most.
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
-_HEADERS.update({b"ID3\x03": "MP3", b"ID3\x04": "MP3"})
+_HEADERS.update({b"ID3\x02": "MP3", b"ID3\x03": "MP3", b"ID3\x04": "MP3", b".snd": "AU", b"dns.": "AU", b"caff": "CAF"})
+_HEADERS.update({b"riff": "W64", b"Crea": "VOC", b"NIST": "NIST"})
+# of MPEG layer III: rates in Hz by the bits of the version (2.5, none, 2, 1), kbit/s of version 1 and of the others
+_MPEG_RATES = {0: (11025, 12000, 8000), 2: (22050, 24000, 16000), 3: (44100, 48000, 32000)}
+_MPEG_BITRATES = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_MPEG_LOW_BITRATES = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 _log = logging.getLogger(__name__)
 
@@ -131,13 +136,14 @@ def stream_blocks(
     A file is first copied to a temporary one, as libsndfile moves about in it. stream_rate: Hz of raw PCM. Raises
     ValueError as those do.
     """
-    start = b""
+    start, kind = b"", None
     for data in _available(stream, _HEADER_BYTES):
         start += data
-        if len(start) >= _HEADER_BYTES:
+        kind = _file_kind(start)
+        if kind is not None:
             break
     rest = _Prepended(start, stream)
-    if start[:_HEADER_BYTES] not in _HEADERS:
+    if not kind:
         block = block_length(block_seconds, stream_rate or sample_rate)
         yield from pcm_blocks(rest, block, sample_rate, stream_rate, name, note)
         return
@@ -316,9 +322,10 @@ def _decode_pcm(reads: Iterable[bytes], name: str, note: Callable[[str], None]) 
         data = rest + data
         if not checked:
             rest = data
-            if len(data) < 4:
+            kind = _file_kind(data)
+            if kind is None:
                 continue
-            checked = _check_raw(data[:4], name)
+            checked = _check_raw(kind, name)
         whole = len(data) - len(data) % _BYTES_PER_SAMPLE
         rest = data[whole:]
         if whole:
@@ -334,12 +341,38 @@ def _pcm_to_float(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<i2").astype(np.float32) / np.float32(_FULL_SCALE)
 
 
-def _check_raw(start: bytes, name: str) -> bool:
-    """Raises ValueError where a stream starts as an audio file does, and returns True otherwise."""
-    if start in _HEADERS:
+def _file_kind(start: bytes) -> Optional[str]:
+    """The kind of audio file that starts with these bytes; empty: of none, None: more of them are needed to tell."""
+    if len(start) < _HEADER_BYTES:
+        return None
+    length = _mpeg_frame(start)
+    if not length:
+        return _HEADERS.get(start[:_HEADER_BYTES], "")
+    following = start[length : length + _HEADER_BYTES]
+    if len(following) < _HEADER_BYTES:
+        return None
+    # two frames in a row, of the same version and rate
+    alike = following[1] == start[1] and (following[2] ^ start[2]) & 0x0C == 0
+    return "MP3" if alike and _mpeg_frame(following) else ""
+
+
+def _mpeg_frame(header: bytes) -> int:
+    """Bytes of the frame of MPEG layer III that starts with this header of four bytes; 0 where it is none."""
+    version, rate, bitrate = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
+    # sync, layer, version, rate, bitrate
+    if header[0] != 0xFF or header[1] & 0xE6 != 0xE2 or version == 1 or rate == 3 or bitrate in (0, 15):
+        return 0
+    kilobits = (_MPEG_BITRATES if version == 3 else _MPEG_LOW_BITRATES)[bitrate]
+    factor = 144_000 if version == 3 else 72_000
+    return factor * kilobits // _MPEG_RATES[version][rate] + (header[2] >> 1 & 1)
+
+
+def _check_raw(kind: str, name: str) -> bool:
+    """Raises ValueError where a stream starts as a `kind` of audio file does; returns True where that is empty."""
+    if kind:
         raise ValueError(
-            f"{name}: found the header of a {_HEADERS[start]} file, expected raw 16-bit PCM; name the file instead, "
-            "or have the recorder write raw samples (`arecord -t raw`)"
+            f"{name}: found the header of an audio file ({kind}), expected raw 16-bit PCM; name the file "
+            "instead, or have the recorder write raw samples (`arecord -t raw`)"
         )
     return True
 

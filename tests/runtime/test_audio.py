@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from fairseq_w2v2_light.runtime.audio import Pace, block_length, check_audio, pcm_blocks, resampled_blocks, wav_blocks
+from fairseq_w2v2_light.runtime.audio import (
+    Pace,
+    block_length,
+    check_audio,
+    pcm_blocks,
+    resampled_blocks,
+    stream_blocks,
+    wav_blocks,
+)
 
 RATE = 16000
 
@@ -101,8 +109,47 @@ def test_a_non_blocking_stream_is_waited_for():
 
 @pytest.mark.parametrize("start, kind", [(b"RIFF", "WAV"), (b"fLaC", "FLAC")])
 def test_a_file_with_a_header_is_not_raw_pcm(start, kind):
-    with pytest.raises(ValueError, match=f"standard input: found the header of a {kind} file.*arecord -t raw"):
+    with pytest.raises(ValueError, match=f"standard input: found the header of an audio file .{kind}.*arecord -t raw"):
         list(pcm_blocks(Dribble(start[:3], start[3:] + bytes(100)), 10, RATE))
+
+
+KINDS = {"WAV": "WAV", "RF64": "WAV", "FLAC": "FLAC", "OGG": "Ogg", "AIFF": "AIFF", "MP3": "MP3"}
+KINDS.update({kind: kind for kind in ("AU", "CAF", "W64", "VOC", "NIST")})
+
+
+@pytest.mark.parametrize("kind, options", [(kind, {}) for kind in KINDS] + [("AU", {"endian": "LITTLE"})])
+def test_a_stream_that_holds_a_file_is_read_as_one(tmp_path, wave, kind, options):
+    if kind not in soundfile.available_formats():
+        pytest.skip(f"this libsndfile writes no {kind}")
+    soundfile.write(tmp_path / "a", np.tile(wave, 9), RATE, format=kind, **options)
+    expected = joined(wav_blocks(tmp_path / "a", 0.02, RATE))
+    data = (tmp_path / "a").read_bytes()
+    assert (joined(stream_blocks(io.BytesIO(data), 0.02, RATE)) == expected).all() and len(expected) >= 9000
+    reads = [data[start : start + 3] for start in range(0, len(data), 3)]
+    assert (joined(stream_blocks(Dribble(*reads), 0.02, RATE)) == expected).all()
+    with pytest.raises(ValueError, match=f"found the header of an audio file .{KINDS[kind]}., expected raw 16-bit PCM"):
+        list(pcm_blocks(io.BytesIO(data), 10, RATE))
+
+
+@pytest.mark.skipif("MP3" not in soundfile.available_formats(), reason="this libsndfile writes no MP3")
+@pytest.mark.parametrize("rate", [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000])
+@pytest.mark.parametrize("mode, level", [("CONSTANT", 0.0), ("CONSTANT", 0.7), ("VARIABLE", 0.5)])
+def test_an_mp3_of_any_rate_is_known_without_a_tag(tmp_path, rate, mode, level):
+    noise = np.random.RandomState(0).uniform(-0.1, 0.1, (rate, 2))
+    soundfile.write(tmp_path / "a.mp3", noise, rate, bitrate_mode=mode, compression_level=level)
+    with pytest.raises(ValueError, match="found the header of an audio file .MP3."):
+        list(pcm_blocks(io.BytesIO((tmp_path / "a.mp3").read_bytes()), 1000, RATE))
+
+
+@pytest.mark.parametrize(
+    "start", [b"\xff\xff\xff\xff", b"\xff\xff\x10\x00", b"\xff\xfb\x90\x64", b"\xff\xf3\x88\xc4", b"\xff\xe3\x18\x00"]
+)
+@pytest.mark.parametrize("size", [0, 1, 100, 2000])
+def test_samples_like_the_sync_of_mpeg_are_raw_pcm(wave, start, size):
+    data = start + wave.astype("<i2").tobytes()[: 2 * size]
+    expected = np.frombuffer(data, "<i2") / np.float32(32768)
+    for blocks in (stream_blocks(io.BytesIO(data), 0.02, RATE), pcm_blocks(io.BytesIO(data), 10, RATE)):
+        assert (joined(blocks) == expected).all()
 
 
 def test_pcm_blocks_hold_a_sample():
