@@ -8,6 +8,7 @@ for transcript in recognizer.transcribe(["a.wav", "b.mp3"]):
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +167,11 @@ class Recognizer:
         sources: paths of audio files, (samples, sample rate) of (n,) or (n, channels) floats or 16-bit integers, or
         AudioStreams. batch_seconds: audio that the network hears at once, padding included, unless one window is
         longer; memory grows with it, the text does not change. on_progress: is told the seconds of audio recognised
-        so far. A source that cannot be read gives a transcript with `error`, and stops none of the others.
+        so far. A source that cannot be read gives a transcript with `error`, and stops none of the others. Raises
+        ValueError for one source that is in no list.
         """
+        if isinstance(sources, (str, bytes, os.PathLike, AudioStream)):
+            raise ValueError(f"sources is {sources!r}; expected a list of sources, [{sources!r}] for one")
         if not (batch_seconds > 0 and math.isfinite(batch_seconds)):
             raise ValueError(f"batch_seconds is {batch_seconds}; expected a positive, finite number")
         waiting: Deque[_Job] = deque()

@@ -279,6 +279,12 @@ def test_batch_seconds_are_checked(recognizer, seconds):
         next(recognizer.transcribe([], batch_seconds=seconds))
 
 
+@pytest.mark.parametrize("source", ["a.wav", b"a.wav", Path("a.wav"), AudioStream(io.BytesIO())])
+def test_one_source_in_no_list_is_an_error(recognizer, source):
+    with pytest.raises(ValueError, match=r"sources is (.*); expected a list of sources, \[\1\] for one"):
+        next(recognizer.transcribe(source))
+
+
 # --- a network
 
 
