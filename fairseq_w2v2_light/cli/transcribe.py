@@ -38,8 +38,9 @@ def add_arguments(parser) -> None:
         "Audio of any format that libsndfile reads, at any rate, with any number of channels (averaged). Folders are\n"
         "searched for audio files, folders inside them too. A recording named twice is transcribed once.\n\n"
         "Without --out the results go to standard output, in the order of the arguments: text is a line for each\n"
-        "recording, after its name and a tab where there are several; json an object on a line. With --out each\n"
-        "recording has a file of its own there, named and placed as the recording.\n"
+        "recording, after its name and a tab where there are several (a tab, line end or backslash of the name as\n"
+        "\\t, \\n, \\\\); json an object on a line. With --out each recording has a file of its own there, named and\n"
+        "placed as the recording.\n"
         "A recording that cannot be read stops none of the others: they are listed at the end, and the exit code is\n"
         "1. On standard output stands what was read of it before; with --out it gets no file."
     )
@@ -79,7 +80,7 @@ def run(args) -> int:
     _check_outputs(args, recordings)
     recognizer = load_recognizer(args, recordings)
 
-    from ..runtime.formats import SUFFIXES, printable, render
+    from ..runtime.formats import SUFFIXES, one_line, render
     from ..runtime.recognizer import AudioStream
 
     screen = Screen(sys.stderr or io.StringIO(), args.quiet)  # None where the shell closed it, 2>&-
@@ -97,11 +98,11 @@ def run(args) -> int:
         for recording, transcript in zip(recordings, transcripts):
             seconds += transcript.seconds
             if transcript.error is not None:
-                failed.append(printable(transcript.error))
+                failed.append(one_line(transcript.error))
             unique = outputs[recording.output] == 1
             content = render(transcript, args.format, str(recording.output) if unique else recording.path)
             if args.out is None:
-                name = printable(recording.path) + "\t" if args.format == "text" and len(recordings) > 1 else ""
+                name = one_line(recording.path) + "\t" if args.format == "text" and len(recordings) > 1 else ""
                 screen.show("")  # the two may be the same terminal
                 sys.stdout.write(name + content)
                 sys.stdout.flush()

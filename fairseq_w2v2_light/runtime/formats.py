@@ -6,6 +6,7 @@ import json
 import math
 import os
 import textwrap
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple
@@ -50,6 +51,16 @@ def render(transcript: Transcript, form: str, recording: str = "") -> str:
 def printable(name: str) -> str:
     """A file's name as UTF-8 text, where it may hold bytes that are none."""
     return os.fsencode(name).decode("utf-8", "replace")
+
+
+def one_line(text: str) -> str:
+    """`printable` with control characters and line ends as escapes, \\n or \\x1b, and a backslash as two."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character == "\\" or unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        else character
+        for character in printable(text)
+    )
 
 
 def cues(words: Sequence[TimedWord]) -> List[Cue]:

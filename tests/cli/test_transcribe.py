@@ -142,6 +142,16 @@ def test_names_of_any_kind(folder, tmp_path, capsys):
     assert {"ä ö.txt", "-dash.txt", "日本.txt"} <= set(os.listdir(tmp_path / "out"))
 
 
+def test_each_recording_is_one_line_whatever_its_name(folder, capsys):
+    soundfile.write(str(folder / "nl\nline\ttab.wav"), np.zeros(50), RATE)
+    (folder / "x\ny.wav").write_text("no audio")
+    assert run(folder, "--quiet") == 1
+    out, err = capsys.readouterr()
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert lines[1:3] == [[rf"{folder}/nl\nline\ttab.wav", "n 50"], [rf"{folder}/x\ny.wav", ""]]
+    assert len(lines) == 5 and rf"  {folder}/x\ny.wav: not audio" in err.splitlines()[1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fairseq_w2v2_light.runtime.alignment import TimedWord
-from fairseq_w2v2_light.runtime.formats import SUFFIXES, cues, printable, render
+from fairseq_w2v2_light.runtime.formats import SUFFIXES, cues, one_line, printable, render
 from fairseq_w2v2_light.runtime.recognizer import Transcript
 
 
@@ -174,6 +174,12 @@ def test_names_that_are_no_text_are_printable():
     assert printable("a\udcff.wav") == "a\ufffd.wav"
     content = render(transcript([], source="a\udcff.wav"), "json")
     assert content.encode() and json.loads(content)["source"] == "a\ufffd.wav"
+
+
+def test_a_name_is_one_line_whatever_is_in_it():
+    assert one_line("a\nb\tc\r\x1b[2J\x7f\x85\u2028\\n.wav") == r"a\nb\tc\r\x1b[2J\x7f\x85\u2028\\n.wav"
+    ordinary = "üñí 中文 👩‍🚀 \u00a0 עברית \"q\" 'x'.wav"
+    assert one_line(ordinary) == ordinary and one_line("a\udcff.wav") == "a\ufffd.wav"
 
 
 def test_an_unknown_format_is_an_error():
