@@ -7,6 +7,7 @@ resampled as a stream by the package soxr; without it that is an error.
 import io
 import logging
 import math
+import re
 import select
 import tempfile
 import time
@@ -25,6 +26,10 @@ _MOST_CHANNELS = 32
 _LOWEST_RATE, _HIGHEST_RATE = 1000, 10_000_000
 # what libsndfile says where a header does not know
 _UNKNOWN_FRAMES = 2**62
+# bytes of samples that a WAV header promises without knowing: what programs write that cannot go back to it
+_UNKNOWN_BYTES = 0x7FF00000
+# some programs count the header in
+_MISCOUNTED_BYTES = 128
 _HEADER_BYTES = 4
 # Raw samples start with one of these by an accident of 1 in 2**32 at most.
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
@@ -87,7 +92,8 @@ def wav_blocks(path: Union[str, Path], block_seconds: float, sample_rate: int, n
     Returns an iterator over (time,) float32 at `sample_rate` Hz: channels averaged, 16-bit samples divided by 32768,
     `block_seconds` a block (the last is shorter; resampled ones vary). name: of the file in messages (empty: its path).
     Raises FileNotFoundError, and ValueError for what is not audio and for another rate where soxr is missing, both at
-    once; ValueError while reading for samples that are NaN, infinite or huge or cannot be decoded.
+    once; ValueError while reading for samples that are NaN, infinite or huge or cannot be decoded, and at the end of a
+    WAV file that is shorter than its header says.
     """
     name = name or str(path)
     block = block_length(block_seconds, sample_rate)
@@ -289,7 +295,7 @@ def _file_blocks(file: soundfile.SoundFile, name: str, block: int) -> Iterator[n
             except (soundfile.SoundFileError, RuntimeError) as error:
                 raise ValueError(f"{name}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
             if not len(samples):
-                return
+                break
             bad = np.flatnonzero(~is_audio(samples).all(axis=1))
             if len(bad):
                 samples = samples[: bad[0]]
@@ -300,6 +306,21 @@ def _file_blocks(file: soundfile.SoundFile, name: str, block: int) -> Iterator[n
             if len(bad):
                 second = read / file.samplerate
                 raise ValueError(f"{name}: found a NaN, infinite or huge sample at {second:.3f} s, expected -1 to 1")
+        _check_whole(file, name, read / file.samplerate)
+
+
+def _check_whole(file: soundfile.SoundFile, name: str, seconds: float) -> None:
+    """Raises ValueError for a WAV file that was read to its end, `seconds`, but was cut off before the promised one."""
+    # libsndfile corrects the header and says so in its log only
+    corrected = re.search(r"^data : (\d+) \(should be (\d+)\)$", file.extra_info, re.MULTILINE)
+    if not corrected or file.format not in ("WAV", "WAVEX"):
+        return
+    promised, found = int(corrected[1]), int(corrected[2])
+    if found + _MISCOUNTED_BYTES < promised < _UNKNOWN_BYTES:
+        raise ValueError(
+            f"{name}: ends at {seconds:.3f} s: found {found} bytes of samples, expected the {promised} that its header "
+            "promises; copy the file again"
+        )
 
 
 def _available(stream: BinaryIO, size: int) -> Iterator[bytes]:

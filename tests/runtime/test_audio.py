@@ -197,6 +197,39 @@ def test_a_broken_file_is_named_with_how_far_it_goes(tmp_path, monkeypatch, wave
         list(wav_blocks(tmp_path / "a.flac", 0.02, RATE))
 
 
+def shortened(path, wave, kind="WAV", promised=None, **options):
+    """A file of 1000 samples without the last 500 of them, whose header promises `promised` bytes (None: all)."""
+    soundfile.write(path, wave, RATE, format=kind, **options)
+    data = bytearray(path.read_bytes())
+    position = data.index(b"data") + 4
+    if promised is not None:
+        data[position : position + 4] = promised.to_bytes(4, "little")
+    path.write_bytes(data[: position + 4 + (len(data) - position - 4) // 2])
+
+
+@pytest.mark.parametrize(
+    "kind, options, found",
+    [("WAV", {}, 1000), ("WAVEX", {}, 1000), ("WAV", {"subtype": "FLOAT"}, 2000), ("WAV", {"subtype": "ULAW"}, 500)],
+)
+def test_a_wav_file_that_was_cut_off_is_told_after_its_samples(tmp_path, wave, kind, options, found):
+    shortened(tmp_path / "a.wav", wave, kind, **options)
+    for name, blocks in (
+        ("a.wav", wav_blocks(tmp_path / "a.wav", 0.02, RATE)),
+        ("standard input", stream_blocks(io.BytesIO((tmp_path / "a.wav").read_bytes()), 0.02, RATE)),
+    ):
+        heard = []
+        message = rf"{name}: ends at 0\.031 s: found {found} bytes of samples, expected the {2 * found} that its header"
+        with pytest.raises(ValueError, match=message):
+            heard.extend(blocks)
+        assert len(joined(heard)) == 500
+
+
+@pytest.mark.parametrize("promised", [999, 1000, 1044, 0x7FF00000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_header_may_not_know_how_long_the_file_is(tmp_path, wave, promised):
+    shortened(tmp_path / "a.wav", wave, promised=promised)
+    assert len(joined(wav_blocks(tmp_path / "a.wav", 0.02, RATE))) == (499 if promised == 999 else 500)
+
+
 @pytest.mark.parametrize("check", [check_audio, lambda path: wav_blocks(path, 0.02, RATE)])
 def test_what_is_no_audio_file_is_refused_at_once(tmp_path, check):
     with pytest.raises(FileNotFoundError, match=r"absent\.wav: no such audio file"):
