@@ -46,8 +46,8 @@ class Teacher:
     """A frozen wav2vec 2.0 model, with its CTC projection where logits are needed.
 
     No nn.Module, so that whoever holds it has neither its weights in a state dict nor its parameters wrapped by DDP.
-    It runs without masking, dropout and gradient, in its own dtype (autocast does not reach it), and moves to the
-    device of the first batch. `layers` may be set later, among 0 to `depth` - 1.
+    It runs without masking, dropout and gradient, with the decided gates if it has any, in its own dtype (autocast does
+    not reach it), and moves to the device of the first batch. `layers` may be set later, among 0 to `depth` - 1.
 
     depth, dim: layers and channels of its Transformer. hop, squeeze: see TeacherOutput. symbols: its dictionary,
     None for a checkpoint without. point: the operating point at which it runs. dtype: its name.
@@ -192,10 +192,11 @@ class Teacher:
 
     def _run(self, source, lengths):
         backbone = self._network["backbone"]
-        frames, mask = backbone.features(source, lengths)
-        x = backbone.project(backbone.layer_norm(frames))
+        gates = backbone.gate_values()
+        frames, mask = backbone.features(source, lengths, gates)
+        x = backbone.project(backbone.normalise(frames, gates))
         last_layer = None if self.needs_logits else max(self.layers, default=None)
-        encoded = backbone.encoder(x, mask, self.point, last_layer)
+        encoded = backbone.encoder(x, mask, self.point, last_layer, gates)
         logits = self._network["head"](encoded.x).float() if self.needs_logits else None
         return logits, {depth: encoded.layers[depth].x.float() for depth in self.layers}
 

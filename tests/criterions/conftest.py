@@ -48,7 +48,8 @@ def fine_tuned(path, name="light_ctc", encoder="w2v2_light", dictionary=None, ta
     start = pretrained(f"{path}.encoder", encoder, task=task, **keys)
     dictionary = letters() if dictionary is None else dictionary
     torch.manual_seed(1)
-    model = ctc_model(start.path, name, dictionary, normalize=bool((task or {}).get("normalize", False)))
+    normalize, feature_grad_mult = bool((task or {}).get("normalize", False)), keys.get("feature_grad_mult", 0.0)
+    model = ctc_model(start.path, name, dictionary, normalize=normalize, feature_grad_mult=feature_grad_mult)
     with torch.no_grad():
         model.w2v_encoder.proj.weight.normal_()
     if edit is not None:

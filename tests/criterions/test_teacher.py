@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_w2v2_light.criterions.teacher import Teacher
+from fairseq_w2v2_light.nn.config import PRUNE_UNITS
+from fairseq_w2v2_light.runtime.load import load_ctc
 
 STOCHASTIC = dict(squeeze_factors=[1, 2, 3], query_pools=[1, 2], kv_pools=[1, 2])
 SQUEEZED = dict(squeeze_factors=[2], unsqueeze_factor=2)
@@ -65,6 +67,31 @@ def test_logits_are_those_of_the_model(files, checkpoints, name):
         output.logits.shape == (1, FRAMES.get(name, (900 - 30) // HOP + 1), 8) and output.logits.dtype == torch.float32
     )
     close(output.logits, logits_of(checkpoint, source))
+
+
+@pytest.mark.parametrize("layout", ("base", "large"))
+def test_gates_of_the_teacher_close_what_they_close_in_the_model(checkpoints, tmp_path, layout):
+    def close_some(weights):
+        generator = torch.Generator().manual_seed(0)
+        for name, value in weights.items():
+            if ".gates." in f".{name}":
+                value.copy_(torch.randn(value.shape, generator=generator) * 3)
+
+    keys = dict(layout=layout, prune_units=list(PRUNE_UNITS), feature_grad_mult=1.0, edit=close_some)
+    checkpoint = checkpoints.light_ctc(tmp_path / "gated.pt", **keys)
+    source, padding_mask = checkpoints.audio(900, 700)
+    teacher = Teacher.load(checkpoint.path, needs_logits=True, layers=(1, 3))
+    output = teacher(source, padding_mask)
+    with torch.no_grad():
+        expected, lengths = load_ctc(checkpoint.path)(source, torch.tensor([900, 700]))
+    assert torch.equal(output.lengths, lengths)
+    for row, length in enumerate(lengths):
+        close(output.logits[row, :length], expected[row, :length], 1e-5)
+    expected = hidden_of(checkpoint.encoder, source[:1])
+    for needs_logits in (True, False):
+        teacher = Teacher.load(checkpoint.path, needs_logits=needs_logits, layers=(1, 3))
+        for depth, hidden in teacher(source[:1]).hidden.items():
+            close(hidden, expected[depth], 1e-5)
 
 
 @pytest.mark.parametrize("name", ("stock", "stock_base", "light"))
