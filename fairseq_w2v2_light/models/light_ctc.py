@@ -170,9 +170,16 @@ class LightCtcEncoder(Wav2VecEncoder):
         if start.model is None:  # random weights know no scale
             start.cfg.task.normalize = bool(cfg.normalize)
         elif bool(cfg.normalize) != trained:
+            advice = f"set task.normalize={str(trained).lower()}"
+            if trained and _streams(start):  # which cannot have that either
+                advice = (
+                    f"model.chunk_frames={list(start.cfg.model.chunk_frames)} asks for a streaming model, which cannot "
+                    "normalise audio over the utterance: make the checkpoint one that hears audio as it is, "
+                    f"`w2v2-light student {cfg.w2v_path} OUT --layers every:1 --input-level X` (X: the standard "
+                    "deviation that the audio will have), and start from OUT"
+                )
             raise ValueError(
-                f"task.normalize: found {bool(cfg.normalize)}, but the encoder was pre-trained with {trained}; "
-                f"set task.normalize={str(trained).lower()}"
+                f"task.normalize: found {bool(cfg.normalize)}, but the encoder was pre-trained with {trained}; {advice}"
             )
         require_streamable_audio(start.cfg.model, bool(cfg.normalize))
 

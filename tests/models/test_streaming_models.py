@@ -10,6 +10,7 @@ from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
 from omegaconf import OmegaConf
 from tiny_checkpoints import ctc_model, letters, perturb, save_ctc, without_references
 
+from fairseq_w2v2_light.compress.student import StudentSpec, make_student
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
 from fairseq_w2v2_light.nn.positions import causal_weights
 
@@ -183,8 +184,21 @@ def test_normalised_audio_is_refused_with_advice(checkpoint):
     with pytest.raises(ValueError, match=message):
         ctc_model(normalised, normalize=True, **CHUNKS)
     ctc_model(normalised, normalize=True)
-    with pytest.raises(ValueError, match="task.normalize: found False, but the encoder was pre-trained with True"):
+    message = (
+        r"task.normalize: found False, but the encoder was pre-trained with True; model.chunk_frames=\[4\] asks for a "
+        r"streaming model, .*w2v2-light student .* --layers every:1 --input-level X"
+    )
+    with pytest.raises(ValueError, match=message) as error:
         ctc_model(normalised, **CHUNKS)
+    assert "set task.normalize" not in str(error.value)
+    with pytest.raises(ValueError, match="pre-trained with True; set task.normalize=true"):
+        ctc_model(normalised)
+
+
+def test_the_student_that_the_advice_makes_can_be_fine_tuned(checkpoint, tmp_path):
+    normalised = checkpoint(task={"normalize": True}).path
+    make_student(normalised, tmp_path / "student.pt", StudentSpec(layers="every:1", input_level=0.05))
+    assert encoder_of(ctc_model(tmp_path / "student.pt", **CHUNKS)).config.streams
 
 
 def test_pretraining_on_normalised_audio_is_refused(tiny):
