@@ -127,12 +127,13 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
     this copies the convolutional positions and the encoder's LayerNorm. A stored layer that serves several of the
     teacher's depths is copied to each student layer that asks for one of them. A streaming student of an offline
     teacher gets the teacher's positions made causal. Raises ValueError for a student that cannot be, and for a teacher
-    that is no wav2vec 2.0 checkpoint, lacks weights or has ones that are not finite.
+    that is no wav2vec 2.0 checkpoint, has gates, lacks weights or has ones that are not finite.
     """
     if Path(target).exists() and Path(teacher).exists() and Path(target).samefile(teacher):
         raise ValueError(f"'{target}': the student would overwrite its teacher; choose another name")
     state = load_state(teacher)
     start = load_encoder(teacher)
+    _require_no_gates(start, teacher)
     is_ctc = model_name(state["cfg"]) in CTC_MODELS
     require_weights(start, is_ctc, teacher)
     teacher_network = network_config(start.cfg.model)
@@ -169,6 +170,16 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
     with atomic_path(target) as temporary:
         torch.save(fresh_state(cfg, weights, state.get("task_state") or {}), temporary)
     return StudentReport(cfg["model"]["_name"], parts, layers, notes)
+
+
+def _require_no_gates(start: EncoderCheckpoint, path) -> None:
+    """Refuses a teacher with gates: by their numbers, those of one layer would close units of another one."""
+    units = list(start.cfg.model.prune_units)
+    if units:
+        raise ValueError(
+            f"'{path}': the teacher has gates (model.prune_units={units}), and a student cannot be made of it; remove "
+            "what they closed first: w2v2-light prune CHECKPOINT OUT"
+        )
 
 
 def student_config(teacher: DictConfig, chosen: Tuple[int, ...], spec: StudentSpec) -> DictConfig:

@@ -361,6 +361,25 @@ def test_a_teacher_that_lacks_weights(teachers, tmp_path, damage, found):
         make_student(tmp_path / "damaged.pt", tmp_path / "student.pt", StudentSpec(layers="0"))
 
 
+@pytest.mark.parametrize("kind", ("w2v2_light", "light_ctc"))
+def test_a_teacher_with_gates(make, tmp_path, kind):
+    """A layer's gates are no part of the layer: copied by number they would close others."""
+    path = make.pretrained(tmp_path / "gated.pt", prune_units=["heads", "ffn"])
+    if kind == "light_ctc":
+        path = make.fine_tuned(tmp_path / "ctc.pt", path)
+    message = r"the teacher has gates \(model.prune_units=\['heads', 'ffn'\]\).*first: w2v2-light prune CHECKPOINT OUT"
+    with pytest.raises(ValueError, match=message):
+        make_student(path, tmp_path / "student.pt", StudentSpec(layers="last:2"))
+    assert not (tmp_path / "student.pt").exists()
+
+
+def test_a_student_may_get_gates_of_its_own(teachers, tmp_path):
+    spec = StudentSpec(layers="every:2", overrides={"prune_units": "[heads,ffn]"})
+    make_student(teachers["light"], tmp_path / "student.pt", spec)
+    gates = {name for name in load_encoder(tmp_path / "student.pt").model if name.startswith("gates.")}
+    assert len(gates) == 6
+
+
 def test_other_models_are_no_teachers(make, tmp_path):
     path = make.save(tmp_path / "lm.pt", {"_name": "transformer_lm"}, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="model 'transformer_lm'"):
