@@ -24,8 +24,18 @@ def add_arguments(parser) -> None:
         "left out where --width changes, with which no layer can be copied",
     )
     parser.add_argument("--width", type=int, metavar="N", help="channels of the Transformer (default: the teacher's)")
-    parser.add_argument("--ffn", type=int, metavar="N", help="inner channels of the FFN (default: the teacher's)")
-    parser.add_argument("--heads", type=int, metavar="N", help="attention heads (default: the teacher's)")
+    parser.add_argument(
+        "--ffn",
+        type=int,
+        metavar="N",
+        help="inner channels of the FFN (default: the teacher's; of a pruned one, what each layer has left)",
+    )
+    parser.add_argument(
+        "--heads",
+        type=int,
+        metavar="N",
+        help="attention heads (default: the teacher's; of a pruned one, what each layer has left)",
+    )
     parser.add_argument(
         "--layers-n",
         type=int,

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Collection, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from fairseq.data import Dictionary
@@ -25,7 +25,8 @@ from ..models.checkpoint import (
 from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides
 from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
-from ..nn.config import EncoderConfig
+from ..nn.config import EncoderConfig, parse_conv_layers
+from ..nn.layer_map import parse_layer_map
 from ..nn.positions import causal_kernel
 from .checkpoint import ctc_config, fresh_state, require_weights
 
@@ -48,7 +49,7 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What a student is to be; what is None is the teacher's.
+    """What a student is to be; what is None is the teacher's, and of a pruned one that of the layers it starts with.
 
     layers: the teacher's depths that it starts with, as `parse_layers` reads them ('': none). layers_n: its depth, when
     that is not the number of `layers`. unique_layers: stored layers of a shared student. overrides: further keys of its
@@ -152,13 +153,13 @@ def make_student(teacher, target, spec: StudentSpec, dictionary: str = "") -> St
     notes += _prepare_positions(start, teacher_network, model)
     weights = model.state_dict()
     sources = [teacher_network.layer_map[depth] for depth in chosen[: model.config.unique_layers]]
-    copied = _copy(start.model, weights, sources, model.config.heads == teacher_network.heads)
+    copied = _copy(start.model, weights, sources, _other_heads(teacher_network, model.config, sources))
     parts = _count_parts(weights, copied)
     layers = _layers(model.config.layer_map, chosen, weights, copied)
     if is_ctc:
         head_weights = {f"w2v_encoder.proj.{name}": value for name, value in head.state_dict().items()}
         teacher_head = {f"w2v_encoder.proj.{name}": value for name, value in start.head.items()}
-        parts["CTC head"] = _count(head_weights, _copy(teacher_head, head_weights, [], True))
+        parts["CTC head"] = _count(head_weights, _copy(teacher_head, head_weights))
         weights = {**{f"{CTC_ENCODER}{name}": value for name, value in weights.items()}, **head_weights}
         state["task_state"], task_notes = _task_state(state, start, dictionary)
         notes += task_notes
@@ -206,12 +207,17 @@ def student_config(teacher: DictConfig, chosen: Tuple[int, ...], spec: StudentSp
         if value is not None and value < 1:
             raise ValueError(f"{_OPTIONS[key]} {value}: expected 1 or more")
     values = {key: teacher[key] if value is None else value for key, value in values.items()}
-    width, heads = values["encoder_embed_dim"], values["encoder_attention_heads"]
-    if width % heads:
-        raise ValueError(f"--width {width} is not divisible by {heads} attention heads; set --heads to a divisor")
-
     sharing = {"encoder_layers": depth, "unique_layers": spec.unique_layers or 0, "layer_map": ""}
     student = apply_overrides(OmegaConf.merge(teacher, {**values, **sharing}), spec.overrides)
+    network = network_config(teacher)
+    shapes = _pruned_shapes(network, student, chosen, spec)
+    student = OmegaConf.merge(student, {key: value for key, value in shapes.items() if key not in spec.overrides})
+    width, heads = values["encoder_embed_dim"], values["encoder_attention_heads"]
+    if not student.head_dim and width % heads:
+        raise ValueError(
+            f"--width {width} is not divisible by {heads} attention heads; set --heads to a divisor, or model.head_dim "
+            f"to the channels of a head (the teacher's have {network.head_size})"
+        )
     if "unsqueeze_factor" not in spec.overrides and max(student.squeeze_factors) > student.unsqueeze_factor:
         student.unsqueeze_factor = 0  # as many as squeeze_factors needs; fewer factors keep the trained weights
     if any(student.chunk_frames) and not any(teacher.chunk_frames) and "conv_pos" not in spec.overrides:
@@ -222,7 +228,53 @@ def student_config(teacher: DictConfig, chosen: Tuple[int, ...], spec: StudentSp
             "positions cannot become centred ones; take an offline teacher, or keep a chunk beside 0, the whole "
             "utterance"
         )
+    if "layer_heads" not in spec.overrides:
+        _check_shared_maps(student, spec)
     return student
+
+
+def _pruned_shapes(
+    teacher: EncoderConfig, student: DictConfig, chosen: Tuple[int, ...], spec: StudentSpec
+) -> Dict[str, Any]:
+    """The student's keys for shapes that pruning left unequal, as far as they are not just the teacher's.
+
+    A shape that the student has otherwise takes the teacher's inequalities away. What stays of `layer_heads` and
+    `layer_ffn` is that of the layers that the student starts with; its further ones have the numbers of
+    encoder_attention_heads and encoder_ffn_embed_dim.
+    """
+    shapes: Dict[str, Any] = {}
+    if student.encoder_embed_dim != teacher.dim:
+        shapes.update(norm_dim=0, conv_pos_group_dims=[], head_dim=0)
+    if student.conv_pos_groups != teacher.conv_pos_groups:
+        shapes.update(conv_pos_group_dims=[])
+    if parse_conv_layers(student.conv_feature_layers) != teacher.conv_layers:
+        shapes.update(conv_norm_dims=[])
+    if spec.heads is not None:
+        shapes.update(head_dim=0)
+    stored = len(set(parse_layer_map(student.layer_map, student.encoder_layers, student.unique_layers)))
+    sources = [teacher.layer_map[depth] for depth in chosen[:stored]]
+    for key, changed, of_teacher, usual in (
+        ("layer_heads", spec.heads, teacher.layer_heads, teacher.heads),
+        ("layer_ffn", spec.ffn, teacher.layer_ffn, teacher.ffn_dim),
+    ):
+        kept = [of_teacher[source] for source in sources] if of_teacher and changed is None else []
+        shapes[key] = kept and kept + [usual] * (stored - len(kept))
+    return shapes
+
+
+def _check_shared_maps(student: DictConfig, spec: StudentSpec) -> None:
+    """Raises ValueError for layers with unequal heads that are to use each other's attention maps."""
+    if not student.layer_heads:
+        return
+    for group in network_config(OmegaConf.merge(student, {"layer_heads": []})).map_groups.values():
+        heads = [student.layer_heads[stored] for stored in sorted(group)]
+        if len(set(heads)) > 1:
+            raise ValueError(
+                f"--layers '{spec.layers}': the student's layers {', '.join(map(str, sorted(group)))} share attention "
+                f"maps (model.attention_map_every={student.attention_map_every}), but have {heads} heads, as pruning "
+                "left them; expected equally many: choose other layers, add model.attention_map_every=1, or give "
+                "--heads, with which attention starts anew"
+            )
 
 
 def _prepare_positions(start: EncoderCheckpoint, teacher: EncoderConfig, model: W2V2LightModel) -> List[str]:
@@ -275,10 +327,21 @@ def _prepare_audio(start: EncoderCheckpoint, model: W2V2LightModel, spec: Studen
     ]
 
 
-def _copy(teacher: Dict[str, Any], student: Dict[str, Any], sources: List[int], same_heads: bool) -> Set[str]:
+def _other_heads(teacher: EncoderConfig, student: EncoderConfig, sources: List[int]) -> Set[str]:
+    """The student's attention modules with another number of heads than where they would come from."""
+    return {
+        f"encoder.layers.{index}.self_attn"
+        for index, source in enumerate(sources)
+        if student.heads_of(index) != teacher.heads_of(source)
+    }
+
+
+def _copy(
+    teacher: Dict[str, Any], student: Dict[str, Any], sources: Sequence[int] = (), anew: Collection[str] = ()
+) -> Set[str]:
     """Replaces weights of `student` by the teacher's where a whole module fits; returns the names.
 
-    `sources` are the teacher's stored layers for the student's layers 0, 1, ...
+    `sources` are the teacher's stored layers for the student's layers 0, 1, ...; `anew` are modules to leave alone.
     """
     modules: Dict[str, List[Tuple[str, str]]] = {}
     for name in student:
@@ -286,7 +349,7 @@ def _copy(teacher: Dict[str, Any], student: Dict[str, Any], sources: List[int], 
     copied = set()
     for module, names in modules.items():
         fits = all(source in teacher and teacher[source].shape == student[name].shape for name, source in names)
-        if fits and (same_heads or not module.endswith(".self_attn")):
+        if fits and module not in anew:
             student.update({name: teacher[source].detach().to(student[name].dtype).clone() for name, source in names})
             copied.update(name for name, _ in names)
     return copied
@@ -305,7 +368,7 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _source_of(name: str, sources: List[int]) -> str:
+def _source_of(name: str, sources: Sequence[int]) -> str:
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return name

@@ -7,7 +7,9 @@ import torch
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from tiny_checkpoints import SHAPE, container, ctc_model, letters, perturb, save_checkpoint, save_ctc
 
+from fairseq_w2v2_light.compress.prune import prune_checkpoint
 from fairseq_w2v2_light.models import W2V2LightConfig, W2V2LightModel
+from fairseq_w2v2_light.nn.config import PRUNE_UNITS
 
 SIX_LAYERS = dict(SHAPE, encoder_layers=6)
 
@@ -30,6 +32,20 @@ def fine_tuned(path, start, name="light_ctc", has_dictionary=True):
     return save_ctc(path, model, task, letters() if has_dictionary else None)
 
 
+def pruned(path, **changes):
+    """A CTC checkpoint that pruning left with unequal layers."""
+    gated = f"{path}.gated"
+    pretrained(gated, prune_units=list(PRUNE_UNITS), feature_grad_mult=1.0, **changes)
+    torch.manual_seed(1)
+    model = ctc_model(gated, feature_grad_mult=1.0)
+    with torch.no_grad():
+        for parameter in model.w2v_encoder.w2v_model.gates.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 3)
+    save_ctc(gated, model, {"_name": "audio_finetuning", "labels": "ltr"}, letters())
+    prune_checkpoint(gated, path)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def make():
     """The helpers of this file."""
@@ -39,6 +55,7 @@ def make():
         save=save_checkpoint,
         pretrained=pretrained,
         fine_tuned=fine_tuned,
+        pruned=pruned,
         ctc_model=ctc_model,
     )
 
