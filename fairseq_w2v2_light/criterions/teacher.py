@@ -161,7 +161,9 @@ class Teacher:
     @property
     def fingerprint(self) -> str:
         """sha256 of all that its outputs depend on besides the audio: checkpoint file, dtype and operating point."""
-        return hashlib.sha256(f"{self.content} {self.dtype} {self.point}".encode()).hexdigest()
+        # caches of gated teachers were once made without the gates
+        gated = " gated" if self.config.prune_units else ""
+        return hashlib.sha256(f"{self.content} {self.dtype} {self.point}{gated}".encode()).hexdigest()
 
     def frames(self, samples):
         """Frames of the logits for `samples` (int or Tensor) of audio."""
