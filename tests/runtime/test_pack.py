@@ -192,6 +192,16 @@ def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias):
     torch.testing.assert_close(packed.encode(wave)[0].x.double(), exact, atol=2e-4, rtol=2e-4)
 
 
+def require_same_frames(model, packed):
+    """Of short and long audio, inside and outside of inference mode."""
+    for samples in (30, 900, 9000):
+        wave = torch.randn(2, samples)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = packed.encode(wave)[0].x
+            torch.testing.assert_close(found, model.encode(wave)[0].x, atol=2e-5, rtol=2e-5)
+
+
 @needs_product
 @pytest.mark.parametrize("changes", ({"extractor_norm": "group"}, {"norm_first": True}, {"unique_layers": 1}))
 def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
@@ -204,12 +214,7 @@ def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
     model, packed = both(network, **{"chunk_frames": (), **changes})
     linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
     assert len(linears) > 3 and all(linear.mkl is not None for linear in linears)
-    for samples in (30, 900, 9000):
-        wave = torch.randn(2, samples)
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                found = packed.encode(wave)[0].x
-            torch.testing.assert_close(found, model.encode(wave)[0].x, atol=2e-5, rtol=2e-5)
+    require_same_frames(model, packed)
 
 
 @needs_product
@@ -222,12 +227,7 @@ def test_networks_whose_linears_are_onednns_or_torchs_own(plain, changes, monkey
     model, packed = both(network, **{"chunk_frames": (), **changes})
     linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
     assert any(linear.plain is not None for linear in linears) == plain
-    for samples in (30, 900, 9000):
-        wave = torch.randn(2, samples)
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                found = packed.encode(wave)[0].x
-            torch.testing.assert_close(found, model.encode(wave)[0].x, atol=2e-5, rtol=2e-5)
+    require_same_frames(model, packed)
 
 
 @needs_product
