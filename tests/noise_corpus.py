@@ -1,5 +1,7 @@
 """A corpus of noise that trainings of a few updates run on, and overrides that make their models tiny."""
 
+import time
+
 import numpy as np
 import soundfile
 
@@ -53,3 +55,16 @@ def write_noise_corpus(root, utterances=12):
         (root / f"{split}.ltr").write_text("A B | A |\n" * utterances)
     (root / "dict.ltr.txt").write_text("| 2\nA 2\nB 1\n")
     return root
+
+
+def kill_after_update(process, folder, update):
+    """SIGKILL for a training (subprocess.Popen) as soon as `folder` has a checkpoint of that update or a later one.
+
+    A later one, because a training that keeps its last one only may have removed it before it was seen.
+    """
+    deadline = time.time() + 200
+    while not any(int(path.stem.rpartition("_")[2]) >= update for path in folder.glob("checkpoint_*_*.pt")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()

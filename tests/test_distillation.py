@@ -1,16 +1,14 @@
 """Distillation from a stock fairseq teacher, as a user runs it: student, graph, training, and what comes after."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from noise_corpus import RANK_SCRIPT, write_noise_corpus
+from noise_corpus import RANK_SCRIPT, kill_after_update, write_noise_corpus
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.cli.infer import infer
@@ -162,12 +160,7 @@ def test_a_narrow_student_with_lfmmi_and_a_cache_resumes_after_sigkill(corpus, t
     distill("distillw2v2_s3", corpus, whole, teacher, student, *overrides)
 
     process = distill("distillw2v2_s3", corpus, broken, teacher, student, *overrides, wait=False)
-    deadline = time.time() + 200
-    while not list(broken.glob("checkpoint_*_3.pt")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_after_update(process, broken, 3)
     output = distill("distillw2v2_s3", corpus, broken, teacher, student, *overrides)
     assert "Loaded checkpoint" in output
 

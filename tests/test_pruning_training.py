@@ -1,17 +1,15 @@
 """Pruning as a user runs it: stock fairseq-hydra-train, w2v2-light prune, fine-tuning, and decoding."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from fairseq.data import Dictionary
-from noise_corpus import RANK_SCRIPT, SMALL_RUN, write_noise_corpus
+from noise_corpus import RANK_SCRIPT, SMALL_RUN, kill_after_update, write_noise_corpus
 from omegaconf import OmegaConf
 from tiny_checkpoints import container, ctc_model, save_checkpoint, save_ctc
 
@@ -193,12 +191,7 @@ def test_a_killed_pruning_ends_as_one_that_was_not(corpus, tuned, tmp_path):
     finish(train("pruning/tiny", corpus, whole, *overrides))
 
     process = train("pruning/tiny", corpus, broken, *overrides)
-    deadline = time.time() + 200
-    while not list(broken.glob("checkpoint_*_2.pt")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_after_update(process, broken, 2)
     assert "Loaded checkpoint" in finish(train("pruning/tiny", corpus, broken, *overrides))
 
     expected, found = state(whole / "checkpoint_last.pt"), state(broken / "checkpoint_last.pt")

@@ -1,11 +1,9 @@
 """Stock fairseq-hydra-train with the plugin: several processes, sudden death, every recipe's life cycle."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fairseq_cli.generate
@@ -14,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from fairseq import options
-from noise_corpus import SMALL_RUN, TINY_PRETRAINING, write_noise_corpus
+from noise_corpus import SMALL_RUN, TINY_PRETRAINING, kill_after_update, write_noise_corpus
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.cli.infer import infer
@@ -129,12 +127,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
     run_to_end(start([train_program(), *arguments(corpus, whole, *overrides)]))
 
     process = start([train_program(), *arguments(corpus, broken, *overrides)])
-    deadline = time.time() + 200
-    while not list(broken.glob("checkpoint_*_3.pt")):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_after_update(process, broken, 3)
     assert weights(broken / "checkpoint_last.pt")
     assert not list(broken.glob("checkpoint_*_40.pt")), "it was not killed in time"
     output = run_to_end(start([train_program(), *arguments(corpus, broken, *overrides)]))
