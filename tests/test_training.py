@@ -86,6 +86,10 @@ def weights(path):
     return torch.load(str(path), map_location="cpu")["model"]
 
 
+def updates(path):
+    return torch.load(str(path), map_location="cpu", weights_only=False)["optimizer_history"][-1]["num_updates"]
+
+
 def test_two_ranks_end_with_equal_weights(corpus, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -128,15 +132,16 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
 
     process = start([train_program(), *arguments(corpus, broken, *overrides)])
     kill_after_update(process, broken, 3)
-    assert weights(broken / "checkpoint_last.pt")
+    killed_after = updates(broken / "checkpoint_last.pt")
     assert not list(broken.glob("checkpoint_*_40.pt")), "it was not killed in time"
     output = run_to_end(start([train_program(), *arguments(corpus, broken, *overrides)]))
     assert "Loaded checkpoint" in output
 
+    assert [updates(folder / "checkpoint_last.pt") for folder in (whole, broken)] == [40, 40], killed_after
     expected, found = weights(whole / "checkpoint_last.pt"), weights(broken / "checkpoint_last.pt")
     assert expected.keys() == found.keys()
     for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
+        assert torch.equal(value, found[name]), f"{name}, killed after {killed_after} updates"
 
 
 def test_bad_audio_stops_training_and_is_named(corpus, tmp_path):
