@@ -22,12 +22,17 @@ def atomic_path(path: Union[str, Path]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def atomic_write_text(path: Union[str, Path], text: str) -> None:
@@ -56,8 +61,7 @@ def atomic_folder(path: Union[str, Path], names: Collection[str]) -> Iterator[Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        mask = os.umask(0)
-        os.umask(mask)
+        mask = _umask()
         temporary.chmod(0o777 & ~mask)
         yield temporary
         for entry in temporary.iterdir():  # some writers let nobody else read what they wrote

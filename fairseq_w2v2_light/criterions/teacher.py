@@ -193,12 +193,8 @@ class Teacher:
         return self._output(logits, hidden, self.frames(lengths))
 
     def _run(self, source, lengths):
-        backbone = self._network["backbone"]
-        gates = backbone.gate_values()
-        frames, mask = backbone.features(source, lengths, gates)
-        x = backbone.project(backbone.normalise(frames, gates))
         last_layer = None if self.needs_logits else max(self.layers, default=None)
-        encoded = backbone.encoder(x, mask, self.point, last_layer, gates)
+        encoded, _ = self._network["backbone"].encode(source, lengths, self.point, last_layer=last_layer)
         logits = self._network["head"](encoded.x).float() if self.needs_logits else None
         return logits, {depth: encoded.layers[depth].x.float() for depth in self.layers}
 

@@ -58,10 +58,11 @@ class Backbone(nn.Module):
         lengths: Optional[Tensor] = None,
         point: Optional[OperatingPoint] = None,
         keep_layers: bool = True,
+        last_layer: Optional[int] = None,
     ) -> Tuple[EncoderOutput, Optional[FrameMask]]:
         """Inference from `wave` (batch, samples), of which `lengths` (batch,) samples are valid (None: all).
 
-        Without `keep_layers`, the result has the last frames alone.
+        Without `keep_layers`, the result has the last frames alone. last_layer: see Encoder.
 
         Raises ValueError for an operating point that the model was not trained for.
         """
@@ -70,4 +71,4 @@ class Backbone(nn.Module):
         gates = self.gate_values()
         frames, mask = self.features(wave, lengths, gates)
         x = self.project(self.normalise(frames, gates))
-        return self.encoder(x, mask, point, gates=gates, keep_layers=keep_layers), mask
+        return self.encoder(x, mask, point, last_layer, gates, keep_layers), mask

@@ -177,7 +177,6 @@ def half_around_(backbone: Backbone, rows: int) -> None:
     if isinstance(frontend, PackedFrontend):
         for index in range(1, len(frontend.conv_layers)):
             frontend.conv_layers[index] = HalfConvLayer(frontend.conv_layers[index])
-        frontend.few_lengths = True
     positions, config = encoder.pos_conv, encoder.config
     if isinstance(positions, PackedPositions):
         strides = config.operating_points.squeeze

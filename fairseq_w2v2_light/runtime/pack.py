@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight = weight.detach().contiguous()
         self.register_buffer("bias", _copy(bias), persistent=False)
-        self._activation, self._algorithm = _GELU if gelu else _NO_ACTIVATION
+        self._gelu = gelu
         large = min(weight.shape) >= (_MKL_LEAST_GELU if gelu else _MKL_LEAST)
         self.mkl = MklWeight(weight) if large and mkl_serves(*weight.shape) else None
         self.plain = self.packed = None
@@ -67,9 +67,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self._activation, [], self._algorithm)
+            return _multiply(x, self.packed, self.bias, self._gelu)
         y = F.linear(x, self.plain, self.bias) if self.mkl is None else self.mkl.linear(x, self.bias)
-        return y if self._activation == "none" else torch.ops.aten.gelu_(y)
+        return torch.ops.aten.gelu_(y) if self._gelu else y
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Optional[Tensor], gelu: bool) -> Tensor:
+    """oneDNN's Linear: (..., in) -> (..., out); packed: its order of the weight."""
+    activation, algorithm = _GELU if gelu else _NO_ACTIVATION
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], algorithm)
 
 
 class PackedConv1d(nn.Module):
@@ -138,15 +144,14 @@ class PackedFrontend(Frontend):
     """Frontend that runs an utterance in pieces, whose activations stay in the cache, as products without copies.
 
     Pieces overlap by what the first frame of one hears of the one before. Only the valid frames of a padded batch are
-    computed; the others are 0. few_lengths: pieces have one of 40 numbers of frames, the last one of an utterance zeros
-    behind it. oneDNN's products of bfloat16 are prepared for every number of rows, which takes a small network longer
-    than the products, and about a thousand are kept.
+    computed; the others are 0. In bfloat16 pieces have one of 40 numbers of frames, the last one of an utterance
+    zeros behind it: oneDNN's products are prepared for every number of rows, which takes a small network longer than
+    the products, and about a thousand are kept.
     """
 
     def __init__(self, frontend: Frontend):
         nn.Module.__init__(self)
         self.shapes, self.padding = frontend.shapes, frontend.padding
-        self.few_lengths = False
         self.conv_layers = nn.ModuleList(PackedConvLayer(block) for block in frontend.conv_layers)
         self._idle: List[Workspace] = []  # one for each thread that ever was here at the same time
 
@@ -187,7 +192,9 @@ class PackedFrontend(Frontend):
 
     def _prepared(self, frames: int) -> int:
         """How many frames a piece of so many is run with."""
-        step = 1 if not self.few_lengths else 8 if frames <= 128 else 16
+        if self.conv_layers[-1].weight.dtype == torch.float32:
+            return frames
+        step = 8 if frames <= 128 else 16
         return -(-frames // step) * step
 
 
@@ -508,7 +515,8 @@ def _can_pack() -> bool:
     x, weight, bias = random_tensors((3, 8), (4, 8), (4,))
     expected = F.linear(x, weight, bias)
     try:
-        plain, gelu = (PackedLinear(weight, bias, 3, gelu)(x) for gelu in (False, True))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
+        plain, gelu = (_multiply(x, packed, bias, gelu) for gelu in (False, True))
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
     return torch.allclose(plain, expected, atol=1e-5) and torch.allclose(gelu, F.gelu(expected), atol=1e-5)
