@@ -71,9 +71,10 @@ def test_every_column_follows_from_the_times(checkpoint):
 
 
 def test_the_speed_of_a_product_is_a_median_as_the_rows_are(checkpoint, monkeypatch):
-    """A product takes 2, 4 and 1 s, the model 0.5, 2 and 4; the first calls do not count."""
+    """A product takes 2, 4 and 1 s, the model 0.5, 2 and 4; neither the first calls nor those after products count."""
     monkeypatch.setattr(bench, "_EDGES", {"cpu": (32,)})
-    times = itertools.accumulate(itertools.chain.from_iterable((0, took) for took in (1, 1, 2, 0.5, 4, 2, 1, 4)))
+    turns = [(1, 9, 1), (2, 9, 0.5), (4, 9, 2), (1, 9, 4)]
+    times = itertools.accumulate(itertools.chain.from_iterable((0, took) for turn in turns for took in turn))
     table = compare([Contender("ours", checkpoint)], SETTING, 3, times.__next__, memory=False)
     (row,) = table.rows
     assert (row.median, row.least) == (2, 0.5)
@@ -81,6 +82,16 @@ def test_the_speed_of_a_product_is_a_median_as_the_rows_are(checkpoint, monkeypa
     assert row.peak_fraction == pytest.approx(row.macs / 32**3)
     assert row.best_fraction == pytest.approx(2 * row.macs / 32**3)
     assert "matrix products: 0 GFLOP/s in float32 (at best 0)" in format_table(table)
+
+
+def test_a_model_is_prepared_once_for_all_its_points(checkpoint, monkeypatch):
+    dtypes = []
+    monkeypatch.setattr(
+        bench, "prepare_", lambda model, dtype, *rest: dtypes.append(dtype) or prepare.prepare_(model, dtype, *rest)
+    )
+    points = [Contender(point, checkpoint, point=point) for point in ("s1q1k1", "s2q1k2")]
+    compare([*points, Contender("int8", checkpoint, dtype="int8")], SETTING, 1, counting_clock(), memory=False)
+    assert dtypes == ["float32", "int8"]
 
 
 def test_others_that_cannot_run_are_left_out_with_a_reason(tmp_path):
