@@ -35,6 +35,9 @@ _NO_ACTIVATION, _GELU = ("none", ""), ("gelu", "none")
 _MKL_LEAST, _MKL_LEAST_GELU = 384, 512
 # the largest weight that torch's own product, which is MKL's on Intel's CPUs, multiplies faster than oneDNN: 512 KiB
 _PLAIN_MOST = 2**17
+# the most rows for which it is that with a GELU too, and the most values of a GELU that is torch's own: oneDNN takes 30
+# and 10 us to start
+_FEW_ROWS, _FEW_VALUES = 32, 2**14
 # the fewest channels in and out of a layer of three taps and stride 2 that is faster in pairs of frames
 _PAIRS_LEAST = 512
 # the largest of the weights of queries, keys and values that are packed twice, together and apart: 576 KiB each
@@ -60,22 +63,29 @@ class PackedLinear(nn.Module):
         large = min(weight.shape) >= (_MKL_LEAST_GELU if gelu else _MKL_LEAST)
         self.mkl = MklWeight(weight) if large and mkl_serves(*weight.shape) else None
         self.plain = self.packed = None
-        if self.mkl is None and not gelu and weight.numel() <= _PLAIN_MOST and multiplies_by_mkl():
+        if self.mkl is None and weight.numel() <= _PLAIN_MOST and multiplies_by_mkl():
             self.plain = weight.t().contiguous().t()
-        elif self.mkl is None:
+        if self.mkl is None and (gelu or self.plain is None):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
+        if self.packed is not None and (self.plain is None or x.numel() > _FEW_ROWS * x.size(-1)):
             return _multiply(x, self.packed, self.bias, self._gelu)
         y = F.linear(x, self.plain, self.bias) if self.mkl is None else self.mkl.linear(x, self.bias)
-        return torch.ops.aten.gelu_(y) if self._gelu else y
+        return _gelu_(y) if self._gelu else y
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Optional[Tensor], gelu: bool) -> Tensor:
     """oneDNN's Linear: (..., in) -> (..., out); packed: its order of the weight."""
     activation, algorithm = _GELU if gelu else _NO_ACTIVATION
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], algorithm)
+
+
+def _gelu_(x: Tensor) -> Tensor:
+    """The exact GELU of a contiguous `x` (..., rows, columns), in place."""
+    # torch hands a contiguous tensor to oneDNN
+    torch.ops.aten.gelu_(x.transpose(-2, -1) if x.numel() <= _FEW_VALUES else x)
+    return x
 
 
 class PackedConv1d(nn.Module):
@@ -273,7 +283,7 @@ class PackedConvLayer(nn.Module):
             y = self._scale_(y)
         elif self.layer_norm is not None:
             y = self.layer_norm(y)
-        return torch.ops.aten.gelu_(y)
+        return _gelu_(y)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], y: Tensor) -> None:
         frames, channels = y.size(0), x.size(1)
@@ -385,7 +395,7 @@ class PackedPositions(nn.Module):
         if stride not in self._fourier:
             with torch.inference_mode(False), torch.no_grad():  # it may serve calls inside and outside of that mode
                 self._fourier[stride] = FourierConv1d(self._weight, self._bias, self.groups, stride)
-        return torch.ops.aten.gelu_(self._fourier[stride](x, before, frames))
+        return _gelu_(self._fourier[stride](x, before, frames))
 
     def _direct(self, x: Tensor, stride: int, frames: int, streams: bool) -> Tensor:
         # frames of x itself, not of the past

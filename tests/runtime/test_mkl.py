@@ -108,11 +108,14 @@ def test_small_linears_are_torchs_own_product_on_intels_cpus(monkeypatch):
     weight, bias = random_linear(40, 64)
     packed = PackedLinear(weight, bias, 20)
     assert packed.plain is not None and packed.packed is None
-    # a GELU is oneDNN's, in its product
-    assert PackedLinear(weight, bias, 20, gelu=True).plain is None
-    for shape in ((0, 64), (1, 64), (2, 7, 64)):
+    # of many rows a GELU is oneDNN's, in its product
+    with_gelu = PackedLinear(weight, bias, 20, gelu=True)
+    assert with_gelu.packed is not None
+    for shape in ((0, 64), (1, 64), (2, 7, 64), (2, 70, 64)):
         x = torch.randn(shape)
-        assert torch.allclose(packed(x), F.linear(x, weight, bias), atol=2e-5)
+        expected = F.linear(x, weight, bias)
+        assert torch.allclose(packed(x), expected, atol=2e-5)
+        assert torch.allclose(with_gelu(x), F.gelu(expected), atol=2e-5)
     weight.zero_()
     assert packed(x).count_nonzero(), "the weight is the packed Linear's own"
 

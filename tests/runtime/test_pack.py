@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fairseq_w2v2_light.nn import Backbone, OperatingPoint, encoder_config
@@ -228,6 +229,27 @@ def test_networks_whose_linears_are_onednns_or_torchs_own(plain, changes, monkey
     linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
     assert any(linear.plain is not None for linear in linears) == plain
     require_same_frames(model, packed)
+
+
+@needs_product
+@pytest.mark.parametrize("rows, by_onednn", [(1, False), (32, False), (33, True), (300, True)])
+def test_few_rows_are_torchs_own_product_with_a_gelu_too(rows, by_onednn, monkeypatch):
+    """On Intel's CPUs: oneDNN, whose product has the GELU in it, takes long to start."""
+    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: True)
+    calls, multiply = [], pack._multiply
+    monkeypatch.setattr(pack, "_multiply", lambda *inputs: calls.append(1) or multiply(*inputs))
+    linear, x = nn.Linear(48, 80), torch.randn(1, rows, 48)
+    found = pack.PackedLinear(linear.weight, linear.bias, 100, gelu=True)(x)
+    torch.testing.assert_close(found, F.gelu(linear(x)).detach(), atol=1e-6, rtol=1e-6)
+    assert bool(calls) == by_onednn
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1, 7), (16, 1024), (2, 16, 512), (16, 1025)])
+def test_the_gelu_of_few_values_and_of_many_is_the_exact_one(shape):
+    x = 3 * torch.randn(shape)
+    expected = F.gelu(x.double()).float()
+    assert pack._gelu_(x) is x
+    torch.testing.assert_close(x, expected, atol=2e-6, rtol=2e-6)
 
 
 @needs_product
