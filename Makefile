@@ -58,7 +58,7 @@ results: results-data venv
 	$(BENCHMARK)/transcription.py --model $(PLAIN) --data outputs/compare/data
 	$(BENCHMARK)/budget.py
 	$(BENCHMARK)/lfmmi.py --threads 2 --repeats 9 --orders 2
-	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --repeats 2 --utterances 200
+	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --threads 1 --repeats 2 --utterances 200
 
 results-data:
 	@test -f "$(DATA)/train.tsv" || { echo "make results DATA=FOLDER: found no '$(DATA)/train.tsv'; FOLDER is a fairseq" \

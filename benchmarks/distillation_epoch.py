@@ -1,6 +1,6 @@
 """An epoch of distillation with a warm teacher cache, beside an epoch of plain CTC fine-tuning of the same student.
 
-    python benchmarks/distillation_epoch.py FOLDER TEACHER
+    python benchmarks/distillation_epoch.py FOLDER TEACHER [--threads 1]
 
 FOLDER is a manifest folder with letter labels, TEACHER a CTC checkpoint. Everything runs through fairseq-hydra-train;
 an epoch is half the time between the ends of the first and the third one in fairseq's log. The runs are interleaved;
@@ -9,10 +9,15 @@ the first round, which fills the cache, does not count.
 
 import argparse
 import datetime
+import os
 import re
 import shutil
 import statistics
+import tempfile
 from pathlib import Path
+
+import soundfile
+from streaming import speech
 
 from fairseq_w2v2_light.cli.main import main as w2v2_light
 from fairseq_w2v2_light.data.manifest import localise_manifest
@@ -37,14 +42,34 @@ WAYS = {
 }
 
 
+SMOKE_WAYS = 2
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("teacher", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("teacher", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=Path("outputs/distillation_epoch"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--utterances", type=int, default=300, help="how many of the training split make an epoch")
+    parser.add_argument("--threads", type=int, help="of each training (default: OMP_NUM_THREADS, or all)")
+    parser.add_argument("--smoke", action="store_true", help="two of the ways, on noise, once: whether they run at all")
     args = parser.parse_args()
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            args.out = Path(folder)
+            args.data = make_noise(args.out / "noise")
+            args.teacher = train("finetuning/tiny", args.data, args.out / "teacher", STUDENT, max_update=10)
+            return compare(args, rounds=1)
+    if args.data is None or args.teacher is None:
+        parser.error("FOLDER and TEACHER are needed; only --smoke does without")
+    return compare(args, rounds=args.repeats + 1)
+
+
+def compare(args, rounds: int) -> None:
+    """Measures all ways in turns and prints their table; the first of several rounds does not count."""
     data = args.out / "data"
     if not (data / "train.tsv").is_file():
         localise_manifest(args.data, data)
@@ -53,17 +78,30 @@ def main() -> None:
             (data / f"train.{suffix}").write_text("".join(lines[: args.utterances + header]))
         w2v2_light(["denominator", str(data), str(data / "graph.npz"), "--labels", "ltr"])
 
-    seconds = {way: [] for way in WAYS}
-    for repeat in range(args.repeats + 1):
-        for way, terms in WAYS.items():
-            measured = epoch_seconds(terms, data, args)
-            if repeat:
+    ways = list(WAYS)[:SMOKE_WAYS] if args.smoke else list(WAYS)
+    seconds = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in ways:
+            measured = epoch_seconds(WAYS[way], data, args)
+            if number or rounds == 1:
                 seconds[way].append(measured)
-    plain = statistics.median(next(iter(seconds.values())))
+    plain = statistics.median(seconds[ways[0]])
     print("\n| training | s an epoch, median | of plain CTC |\n|---|---|---|")
     for way, values in seconds.items():
         median = statistics.median(values)
         print(f"| {way} | {median:.1f} | {median / plain:.2f} |")
+
+
+def make_noise(folder: Path) -> Path:
+    """A manifest folder of six seconds of noise in each split, with letter labels."""
+    folder.mkdir()
+    for index in range(6):
+        soundfile.write(str(folder / f"{index}.wav"), speech(1.0, seed=index), 16000)
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.tsv").write_text(f"{folder}\n" + "".join(f"{index}.wav\t16000\n" for index in range(6)))
+        (folder / f"{split}.ltr").write_text("A B | A |\n" * 6)
+    (folder / "dict.ltr.txt").write_text("| 12\nA 12\nB 6\n")
+    return folder
 
 
 def epoch_seconds(terms, data: Path, args) -> float:

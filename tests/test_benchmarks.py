@@ -101,3 +101,10 @@ def test_training_compares_the_same_update_and_the_memory_of_shared_layers():
     unshared, shared = measured["unshared"], measured["shared, a map in every layer"]
     assert float(unshared[0].split()[0]) > 10 * float(shared[0].split()[0])
     assert 0 < float(shared[2]) < float(unshared[2]) and float(shared[1]) < 0.1 * float(unshared[1])
+
+
+def test_distillation_epoch_compares_the_trainings():
+    columns, plain, distilled = smoke("distillation_epoch.py")
+    assert columns == ["training", "s an epoch, median", "of plain CTC"]
+    assert plain[0] == "plain CTC (fairseq's criterion)" and distilled[0] == "CTC + KL"
+    assert plain[2] == "1.00" and all(float(row[1]) > 0 for row in (plain, distilled))
