@@ -35,6 +35,8 @@ _HEADER_BYTES = 4
 _HEADERS = {b"RIFF": "WAV", b"RIFX": "WAV", b"RF64": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"FORM": "AIFF"}
 _HEADERS.update({b"ID3\x02": "MP3", b"ID3\x03": "MP3", b"ID3\x04": "MP3", b".snd": "AU", b"dns.": "AU", b"caff": "CAF"})
 _HEADERS.update({b"riff": "W64", b"Crea": "VOC", b"NIST": "NIST"})
+# libsndfile reads none of these, and says so
+_HEADERS.update({b"\x1aE\xdf\xa3": "Matroska or WebM", b"0&\xb2u": "WMA", b"#!AM": "AMR"})
 # of MPEG layer III: rates in Hz by the bits of the version (2.5, none, 2, 1), kbit/s of version 1 and of the others
 _MPEG_RATES = {0: (11025, 12000, 8000), 2: (22050, 24000, 16000), 3: (44100, 48000, 32000)}
 _MPEG_BITRATES = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
@@ -366,6 +368,8 @@ def _file_kind(start: bytes) -> Optional[str]:
     """The kind of audio file that starts with these bytes; empty: of none, None: more of them are needed to tell."""
     if len(start) < _HEADER_BYTES:
         return None
+    if start[:3] == bytes(3):  # the size of MP4's first box, whose name comes next
+        return None if len(start) < 8 else "MP4" if start[4:8] == b"ftyp" else ""
     length = _mpeg_frame(start)
     if not length:
         return _HEADERS.get(start[:_HEADER_BYTES], "")

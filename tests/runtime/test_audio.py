@@ -131,6 +131,30 @@ def test_a_stream_that_holds_a_file_is_read_as_one(tmp_path, wave, kind, options
         list(pcm_blocks(io.BytesIO(data), 10, RATE))
 
 
+@pytest.mark.parametrize(
+    "start, kind",
+    [
+        (b"\0\0\0\x20ftypisom", "MP4"),
+        (b"\0\0\0\x14ftypqt  ", "MP4"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81", "Matroska or WebM"),
+        (b"0&\xb2u\x8ef\xcf\x11", "WMA"),
+        (b"#!AMR\n", "AMR"),
+    ],
+)
+def test_files_that_libsndfile_does_not_read_are_not_raw_pcm_either(start, kind):
+    for reads in ([start + bytes(1000)], [start[:3], start[3:6], start[6:] + bytes(1000)]):
+        with pytest.raises(ValueError, match="standard input: not audio that libsndfile can read"):
+            list(stream_blocks(Dribble(*reads), 0.02, RATE))
+        with pytest.raises(ValueError, match=f"found the header of an audio file .{kind}."):
+            list(pcm_blocks(Dribble(*reads), 10, RATE))
+
+
+@pytest.mark.parametrize("size", [2, 4, 6, 8, 1000])
+def test_a_stream_that_begins_in_silence_is_raw_pcm(size):
+    for blocks in (stream_blocks(io.BytesIO(bytes(size)), 0.02, RATE), pcm_blocks(io.BytesIO(bytes(size)), 10, RATE)):
+        assert len(joined(blocks)) == size // 2
+
+
 @pytest.mark.skipif("MP3" not in soundfile.available_formats(), reason="this libsndfile writes no MP3")
 @pytest.mark.parametrize("rate", [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000])
 @pytest.mark.parametrize("mode, level", [("CONSTANT", 0.0), ("CONSTANT", 0.7), ("VARIABLE", 0.5)])
