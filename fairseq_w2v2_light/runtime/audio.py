@@ -348,7 +348,8 @@ def _decode_pcm(reads: Iterable[bytes], name: str, note: Callable[[str], None]) 
             kind = _file_kind(data)
             if kind is None:
                 continue
-            checked = _check_raw(kind, name)
+            _check_raw(kind, name)
+            checked = True
         whole = len(data) - len(data) % _BYTES_PER_SAMPLE
         rest = data[whole:]
         if whole:
@@ -392,14 +393,13 @@ def _mpeg_frame(header: bytes) -> int:
     return factor * kilobits // _MPEG_RATES[version][rate] + (header[2] >> 1 & 1)
 
 
-def _check_raw(kind: str, name: str) -> bool:
-    """Raises ValueError where a stream starts as a `kind` of audio file does; returns True where that is empty."""
+def _check_raw(kind: str, name: str) -> None:
+    """Raises ValueError where a stream starts as a `kind` of audio file does; an empty one is of none."""
     if kind:
         raise ValueError(
             f"{name}: found the header of an audio file ({kind}), expected raw 16-bit PCM; name the file "
             "instead, or have the recorder write raw samples (`arecord -t raw`)"
         )
-    return True
 
 
 def _resample(blocks: Iterable[np.ndarray], resampler) -> Iterator[np.ndarray]:

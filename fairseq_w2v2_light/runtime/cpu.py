@@ -1,11 +1,13 @@
-"""Which CPU this is."""
+"""Which CPU this is, and numbers to try out what this torch can do on it."""
 
 import functools
 import platform
 import re
 from pathlib import Path
+from typing import List, Sequence
 
 import torch
+from torch import Tensor
 
 
 def cpu_name() -> str:
@@ -22,3 +24,9 @@ def cpu_name() -> str:
 def multiplies_by_mkl() -> bool:
     """Whether torch's own products in fp32 are fast: they are MKL's, which is slow on CPUs that are not Intel's."""
     return torch.backends.mkl.is_available() and "Intel" in cpu_name()
+
+
+def random_tensors(*shapes: Sequence[int]) -> List[Tensor]:
+    """Normal ones, the same in every call; the caller's random numbers stay as they are."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]

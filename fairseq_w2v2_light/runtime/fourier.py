@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu import random_tensors
+
 # with fewer taps, and no more channels in a group, oneDNN's direct convolution takes less time
 _FEWEST_TAPS, _MOST_CHANNELS = 24, 32
 
@@ -80,8 +82,7 @@ def fourier_serves(weight: Tensor, stride: int) -> bool:
 
 def can_transform() -> bool:
     """Whether this torch has Fourier transforms, and they serve a convolution."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 11, 4), (6, 2, 5)))
+    x, weight = random_tensors((2, 11, 4), (6, 2, 5))
     expected = F.conv1d(x.transpose(1, 2), weight, stride=2, padding=2, groups=2).transpose(1, 2)
     try:
         found = FourierConv1d(weight, None, 2, 2)(x, 2, expected.size(1))

@@ -20,7 +20,8 @@ from ..nn.activations import get_activation
 from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
-from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace, random_tensors
+from .cpu import random_tensors
+from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
@@ -107,9 +108,7 @@ def half_conv(conv: PackedConv1d, rows: int) -> PackedConv1d:
     """
     half = HalfConv1d(conv)
     channels, kernel = conv.weight.size(1) * conv._groups, conv.weight.size(3)
-    generator = torch.Generator().manual_seed(0)
-    for frames in (kernel, kernel + rows):
-        x = torch.randn(1, frames, channels, generator=generator)
+    for x in random_tensors((1, kernel, channels), (1, kernel + rows, channels)):
         expected = conv(x)
         try:
             error = half(x) - expected

@@ -23,7 +23,7 @@ from ..nn.gates import Gates
 from ..nn.layer import EncoderLayer
 from ..nn.positions import ConvPositions
 from ..nn.squeeze import Unsqueeze
-from .cpu import multiplies_by_mkl
+from .cpu import multiplies_by_mkl, random_tensors
 from .ctc import CtcModel
 from .fourier import FourierConv1d, can_transform, fourier_serves
 from .mkl import MklWeight, mkl_serves
@@ -530,12 +530,6 @@ def _can_pack() -> bool:
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
     return torch.allclose(plain, expected, atol=1e-5) and torch.allclose(gelu, F.gelu(expected), atol=1e-5)
-
-
-def random_tensors(*shapes: Sequence[int]) -> List[Tensor]:
-    """The same in every call; the caller's random numbers stay as they are."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def _can_convolve() -> bool:

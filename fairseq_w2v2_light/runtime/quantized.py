@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..nn.gates import Gates
 from ..nn.squeeze import Unsqueeze
+from .cpu import random_tensors
 from .ctc import CtcModel, require_finite
 from .unsqueeze import WholeUnsqueeze
 
@@ -163,7 +164,7 @@ def quantize_rows(x: Tensor, levels: int = 255) -> Tuple[Tensor, Tensor, Tensor]
 @functools.lru_cache(maxsize=None)
 def _has_row_quantizer() -> bool:
     """Whether this torch quantises rows in one pass (for embeddings; several times faster than its parts)."""
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    (x,) = random_tensors((3, 16))
     try:
         packed = torch.ops.quantized.embedding_bag_byte_prepack(x)
         ends = packed[:, -8:].contiguous().view(torch.float32)
@@ -196,12 +197,11 @@ def best_method() -> Method:
 
 def _is_right(make: Callable[[QuantizedLinear, int], Product], levels: int) -> bool:
     """Whether a way to compute a Linear computes it, with the largest sums that there are, too."""
-    generator = torch.Generator().manual_seed(0)
+    weight, x = random_tensors((32, 128), (5, 128))
     linear = nn.utils.skip_init(nn.Linear, 128, 32)
     linear.bias.data.zero_()
-    linear.weight.data = torch.randn(32, 128, generator=generator)
+    linear.weight.data = weight
     linear.weight.data[:2] = torch.tensor([[1.0], [-1.0]])
-    x = torch.randn(5, 128, generator=generator)
     x[0], x[0, 0] = 1.0, 0.0
     linear = QuantizedLinear.of(linear)
     values, scale, offset = quantize_rows(x, levels)
