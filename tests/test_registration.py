@@ -31,7 +31,7 @@ def python(code):
         "import fairseq_w2v2_light.models",
         "import fairseq_w2v2_light.tasks",
         "import fairseq_w2v2_light.compat",
-        "import fairseq_w2v2_light.study.cost",
+        "import fairseq_w2v2_light.study.configured",
         "import fairseq_w2v2_light.criterions",
         "import fairseq_w2v2_light; from fairseq.checkpoint_utils import load_checkpoint_to_cpu",
     ],

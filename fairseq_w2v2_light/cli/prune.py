@@ -18,14 +18,14 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     from ..compress.prune import prune_checkpoint
-    from ..study.cost import Subject
+    from ..study.configured import ConfiguredSubject
     from ..study.structure import compare, draw_structure, format_structure, format_summary
 
     files = None if args.report is None else _report_files(args.report, args.out)
     pruned = prune_checkpoint(args.checkpoint, args.out)
     structure = compare(
         *(
-            Subject(pruned.model, model, pruned.vocabulary, pruned.pretraining_heads)
+            ConfiguredSubject(pruned.model, model, pruned.vocabulary, pruned.pretraining_heads)
             for model in (pruned.before, pruned.after)
         )
     )

@@ -22,11 +22,11 @@ from ..models.checkpoint import (
     make_causal,
     model_name,
 )
-from ..models.parts import PARTS, part_of
 from ..models.recipe import apply_overrides
 from ..models.w2v2_light import PRETRAINING_HEADS, W2V2LightModel, network_config
 from ..nn.config import EncoderConfig, parse_conv_layers
 from ..nn.layer_map import parse_layer_map
+from ..nn.parts import PARTS, part_of
 from ..nn.positions import causal_kernel
 from .checkpoint import ctc_config, fresh_state, require_weights
 

@@ -125,7 +125,7 @@ def count_macs(
 
 
 def count_parameters(config: EncoderConfig, vocabulary: int = 0, widths: Optional[Widths] = None) -> Dict[str, Number]:
-    """Stored parameters by part (those of `models.parts.PARTS`), without gates and the heads of pre-training.
+    """Stored parameters by part (those of `parts.PARTS`), without gates and the heads of pre-training.
 
     norms: with the mask vector. heads: a CTC projection to `vocabulary` symbols. `widths` as of `count_macs`; what a
     block has whatever its width, biases and a norm, is there in full from an expected width of 1 on.

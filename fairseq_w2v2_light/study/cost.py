@@ -1,23 +1,19 @@
 """What a model costs: parameters, bytes, MACs, memory and latency of a recipe, a checkpoint or a model folder."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Protocol, Tuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..models.checkpoint import CTC_MODELS, ENCODER_MODELS, STOCK_ENCODER, load_encoder, load_state, model_name
-from ..models.parts import PARTS, part_of
-from ..models.recipe import apply_overrides, load_recipe, parse_overrides, read_recipe, unquoted
-from ..models.w2v2_light import STOCHASTIC, STREAMING_KEYS, W2V2LightModel, network_config
 from ..nn.backbone import Backbone
 from ..nn.config import EncoderConfig
 from ..nn.counts import SAMPLE_RATE, count_macs, widths_of
 from ..nn.latency import algorithmic_latency
 from ..nn.operating_point import OperatingPoint
-from ..nn.positions import causal_kernel
-from ..runtime.checkpoint import is_checkpoint_file
+from ..nn.parts import PARTS, part_of
 from ..runtime.folder import bytes_by_dtype, is_model_folder, read_folder
 
 LETTERS = 32
@@ -25,42 +21,31 @@ LETTERS = 32
 LONGEST = 10**6
 
 
-@dataclass
-class Subject:
-    """A model to count: its complete fairseq configuration, and the labels of its CTC head (0: pre-training).
+class Subject(Protocol):
+    """A model to count.
 
-    pretraining_heads: a CTC model that keeps those as well (`model.keep_pretraining_heads`). normalizes: its
-    `task.normalize`.
+    network: its configuration. own_point: the text of the operating point that it is fixed to, empty: none. vocabulary:
+    labels of its CTC head, 0: pre-training. pretraining_heads: a CTC model that keeps those as well
+    (`model.keep_pretraining_heads`). normalizes: whether it hears normalised audio. stored_dtype: of the
+    weights in a folder.
     """
 
     name: str
-    model: DictConfig
+    network: EncoderConfig
+    own_point: str
     vocabulary: int
-    pretraining_heads: bool = False
-    normalizes: bool = False
-    stored_dtype: Optional[str] = None
-    sample_rate: int = SAMPLE_RATE
-
-    @property
-    def network(self) -> EncoderConfig:
-        """The configuration of its network."""
-        return network_config(self.model)
-
-    @property
-    def own_point(self) -> str:
-        """The text of the operating point that it is fixed to; empty: none."""
-        point = self.model.operating_point
-        return "" if point == STOCHASTIC else point
+    pretraining_heads: bool
+    normalizes: bool
+    stored_dtype: Optional[str]
+    sample_rate: int
 
     def build(self) -> nn.Module:
-        """The model, without memory and without gates."""
-        with torch.device("meta"):
-            return W2V2LightModel(OmegaConf.merge(self.model, {"prune_units": []}))
+        """The network, without memory and without gates."""
 
 
 @dataclass
 class FolderSubject:
-    """A model folder to count; see `Subject`. stored_dtype: of the weights in it."""
+    """A model folder as a `Subject`."""
 
     network: EncoderConfig
     own_point: str
@@ -77,80 +62,26 @@ class FolderSubject:
             return Backbone(replace(self.network, prune_units=()))
 
 
-def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Union[Subject, FolderSubject]:
+def load_subject(source: str, overrides: List[str], vocabulary: Optional[int] = None) -> Subject:
     """Reads a recipe (path or name), checkpoint or model folder; the former two with `model.key=value` overrides.
 
     `vocabulary` is the size of the label dictionary where the source does not say (default 32: LibriSpeech's
     letters). An offline checkpoint that `model.chunk_frames` makes stream gets causal positions, as in training. Raises
     ValueError for an override that is malformed or of a key that the model does not have.
     """
-    changes = parse_overrides(overrides)
     if is_model_folder(source):
-        if changes:
+        if overrides:
             raise ValueError(f"'{source}': a model folder is as it is; leave out {' '.join(overrides)}")
         model = read_folder(source)
         labels = len(model.symbols)
         own = dict(stored_dtype=model.stored_dtype, sample_rate=model.sample_rate)
         return FolderSubject(model.config, str(model.point), labels, model.normalize, **own)
-    if is_checkpoint_file(source):
-        return _checkpoint_subject(source, changes)
-    recipe = load_recipe(source)
-    name = model_name(recipe)
-    if name in (STOCK_ENCODER, *ENCODER_MODELS):
-        read = read_recipe(source, {})
-        return Subject(name, apply_overrides(read.model, changes), 0, normalizes=_normalizes(read))
-    if name not in CTC_MODELS:
-        raise ValueError(f"'{source}': a recipe of model '{name}', expected one of {', '.join(ENCODER_MODELS)}")
+    from .configured import configured_subject  # fairseq's configurations; a folder needs no fairseq
 
-    own = {
-        key: unquoted(changes.pop(key)) for key in ("recipe", "w2v_path", "keep_pretraining_heads") if key in changes
-    }
-    settings = {**OmegaConf.to_container(recipe.model), **own}
-    if settings.get("w2v_path"):
-        model = load_encoder(settings["w2v_path"], "model.w2v_path").cfg.model
-    elif settings.get("recipe"):
-        model = read_recipe(settings["recipe"], settings.get("recipe_overrides") or {}).model
-    else:
-        raise ValueError(
-            f"'{source}': a fine-tuning recipe does not say which encoder; add model.recipe=pretraining/NAME or "
-            "model.w2v_path=CHECKPOINT"
-        )
-    for key in ("operating_point", "squeeze_factors", "query_pools", "kv_pools", *STREAMING_KEYS):
-        if settings.get(key) not in (None, ""):
-            changes.setdefault(key, str(settings[key]))
-    if settings.get("w2v_path"):
-        changes = _with_causal_positions(model, changes)
-    keeps_heads = str(settings.get("keep_pretraining_heads", False)).lower()
-    if keeps_heads not in ("true", "false"):
-        raise ValueError(f"override 'model.keep_pretraining_heads={keeps_heads}': expected true or false")
-    labels = LETTERS if vocabulary is None else vocabulary
-    return Subject(name, apply_overrides(model, changes), labels, keeps_heads == "true", _normalizes(recipe))
+    return configured_subject(source, overrides, vocabulary)
 
 
-def _with_causal_positions(checkpoint: DictConfig, changes: Dict[str, str]) -> Dict[str, str]:
-    """`changes` and, where they make an offline checkpoint stream, the kernel that its positions get."""
-    if any(checkpoint.chunk_frames) or not any(apply_overrides(checkpoint, changes).chunk_frames):
-        return changes
-    return {"conv_pos": str(causal_kernel(checkpoint.conv_pos)), **changes}
-
-
-def _normalizes(cfg: DictConfig) -> bool:
-    return bool((cfg.get("task") or {}).get("normalize") or False)
-
-
-def _checkpoint_subject(path: str, changes: Dict[str, str]) -> Subject:
-    state = load_state(path)
-    name = model_name(state["cfg"])
-    encoder = load_encoder(path)
-    vocabulary = 0 if encoder.head is None else encoder.head["weight"].size(0)
-    keeps_heads = bool(state["cfg"].model.get("keep_pretraining_heads", False))
-    changes = _with_causal_positions(encoder.cfg.model, changes)
-    model = apply_overrides(encoder.cfg.model, changes)
-    rate = int((encoder.cfg.get("task") or {}).get("sample_rate") or SAMPLE_RATE)
-    return Subject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg), sample_rate=rate)
-
-
-def count_parameters(subject: Union[Subject, FolderSubject]) -> Dict[str, int]:
+def count_parameters(subject: Subject) -> Dict[str, int]:
     """Stored parameters by part, counted on the model itself (built without memory); shared ones count once.
 
     Parts: frontend, projection, positions, layers, unsqueeze, norms (with the mask vector), heads (quantiser and
@@ -159,7 +90,7 @@ def count_parameters(subject: Union[Subject, FolderSubject]) -> Dict[str, int]:
     return _count_parameters(subject, subject.build())[0]
 
 
-def _count_parameters(subject: Union[Subject, FolderSubject], model: nn.Module) -> Tuple[Dict[str, int], int]:
+def _count_parameters(subject: Subject, model: nn.Module) -> Tuple[Dict[str, int], int]:
     """The stored parameters by part, and how many those heads of pre-training have that a CTC model has dropped."""
     parts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -171,9 +102,7 @@ def _count_parameters(subject: Union[Subject, FolderSubject], model: nn.Module) 
     return parts, dropped
 
 
-def cost(
-    subject: Union[Subject, FolderSubject], seconds: float = 10.0, point: str = "", dry_run: bool = False
-) -> Dict[str, Any]:
+def cost(subject: Subject, seconds: float = 10.0, point: str = "", dry_run: bool = False) -> Dict[str, Any]:
     """Everything that can be counted, as one JSON-ready dict.
 
     `parameters` are stored ones, `effective_parameters` what they would be without sharing,
@@ -245,7 +174,7 @@ def kept_widths(config: EncoderConfig) -> Dict[str, List[int]]:
     }
 
 
-def operating_point(subject: Union[Subject, FolderSubject], point: str = "") -> OperatingPoint:
+def operating_point(subject: Subject, point: str = "") -> OperatingPoint:
     """The operating point that the text `point` names; empty: the model's own fixed one, else its least reduction."""
     points = subject.network.operating_points
     text = point or subject.own_point

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from ..files import atomic_path
-from ..models.checkpoint import load_encoder
-from ..models.w2v2_light import STOCHASTIC, build_backbone
 from ..nn.backbone import Backbone
 from ..nn.counts import SAMPLE_RATE
 from ..nn.frontend import receptive_field
@@ -220,6 +218,10 @@ def load_model(source: str, overrides: Sequence[str] = (), point: str = "", name
         return StudiedModel(name, model.backbone, chosen, model.normalize, model.sample_rate)
     if is_checkpoint_file(source):
         _refuse_overrides(source, overrides)
+        # fairseq's; a folder needs no fairseq
+        from ..models.checkpoint import load_encoder
+        from ..models.w2v2_light import STOCHASTIC, build_backbone
+
         checkpoint = load_encoder(source)
         backbone = build_backbone(checkpoint, source).eval().requires_grad_(False)
         own, task = checkpoint.cfg.model.operating_point, checkpoint.cfg.get("task") or {}

@@ -1,6 +1,9 @@
 """Counted parameters and MACs against models that really run."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -18,6 +21,7 @@ from tiny_checkpoints import (
     save_ctc,
 )
 from torch import nn
+from without_fairseq import WITHOUT_FAIRSEQ
 
 from fairseq_w2v2_light.cli.main import main
 from fairseq_w2v2_light.export.folder import export_folder
@@ -29,9 +33,11 @@ from fairseq_w2v2_light.nn.attention import MultiheadAttention
 from fairseq_w2v2_light.nn.counts import count_macs
 from fairseq_w2v2_light.nn.positions import WeightNormConv1d
 from fairseq_w2v2_light.nn.streaming import Stream
+from fairseq_w2v2_light.paths import user_dir
 from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
-from fairseq_w2v2_light.study.cost import Subject, cost, count_parameters, format_cost, load_subject
+from fairseq_w2v2_light.study.configured import ConfiguredSubject
+from fairseq_w2v2_light.study.cost import cost, count_parameters, format_cost, load_subject
 from fairseq_w2v2_light.study.latency import latency
 
 TINY = "pretraining/light_stochastic_tiny"
@@ -165,7 +171,7 @@ POST_LN = {"layer_norm_first": False, "extractor_mode": "default", "conv_norm_di
 
 
 def pruned_subject(changes):
-    return Subject(TINY, read_recipe(TINY, {**PRUNED, **changes}).model, 0)
+    return ConfiguredSubject(TINY, read_recipe(TINY, {**PRUNED, **changes}).model, 0)
 
 
 @pytest.mark.parametrize("point", ["s1q1k1", "s1q2k2", "s3q1k1", "s3q1k2"])
@@ -447,6 +453,18 @@ def test_a_model_folder_costs_what_its_checkpoint_does(tmp_path):
     assert latency(folders[1])["points"][0]["ms"]["total"] == at_8k["latency_ms"]
     with pytest.raises(ValueError, match="a model folder is as it is; leave out model.encoder_layers=2"):
         load_subject(str(tmp_path / "folder"), ["model.encoder_layers=2"])
+
+
+@pytest.mark.parametrize("verb", ["cost", "stability"])
+def test_a_model_folder_needs_no_fairseq(tmp_path, capsys, verb):
+    path = finetuned(tmp_path, **STOCHASTIC)
+    export_folder(path, tmp_path / "folder")
+    capsys.readouterr()
+    assert main([verb, str(tmp_path / "folder")]) == 0
+    command = [sys.executable, "-c", WITHOUT_FAIRSEQ, verb, str(tmp_path / "folder")]
+    environment = {**os.environ, "PYTHONPATH": str(user_dir().parent)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, capsys.readouterr().out), result.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

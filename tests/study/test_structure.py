@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fairseq_w2v2_light.models.recipe import read_recipe
-from fairseq_w2v2_light.study.cost import Subject
+from fairseq_w2v2_light.study.configured import ConfiguredSubject
 from fairseq_w2v2_light.study.structure import compare, draw_structure, format_structure, format_summary
 
 
@@ -18,7 +18,7 @@ def structure():
         "layer_heads": [0, 6] + [12] * 22,
         "layer_ffn": [3072] * 23 + [0],
     }
-    subjects = (Subject("light_ctc", cfg, 32) for cfg in (model, OmegaConf.merge(model, kept)))
+    subjects = (ConfiguredSubject("light_ctc", cfg, 32) for cfg in (model, OmegaConf.merge(model, kept)))
     return compare(*subjects)
 
 
