@@ -153,11 +153,14 @@ def test_the_packed_network_computes_the_same(name):
 
 @needs_product
 @pytest.mark.parametrize("norm", ("layer", "group"))
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("copied", (True, False))
 @pytest.mark.parametrize("frames", (1, 2, 31, 127, 128, 129, 300))
-def test_every_length_gives_the_same_frames(norm, frames, monkeypatch):
-    """One frame, whole pieces of the frontend, and one more or less than those."""
+def test_every_length_gives_the_same_frames(norm, bias, copied, frames, monkeypatch):
+    """One frame, whole pieces of the frontend, and one more or less than those; with windows of the wave or without."""
     monkeypatch.setattr(pack, "PIECE_FRAMES", (32, 128))
-    model, packed = both(network, extractor_norm=norm, chunk_frames=())
+    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
+    model, packed = both(network, extractor_norm=norm, conv_bias=bias, chunk_frames=())
     shortest = 30 + (frames - 1) * 20
     for samples in (shortest, shortest + 19):
         assert frame_lengths(samples, model.config.conv_layers) == frames
@@ -167,7 +170,9 @@ def test_every_length_gives_the_same_frames(norm, frames, monkeypatch):
 
 
 @needs_product
-def test_loud_quiet_and_silent_audio_are_normalised_alike():
+@pytest.mark.parametrize("copied", (True, False))
+def test_loud_quiet_and_silent_audio_are_normalised_alike(copied, monkeypatch):
+    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
     model, packed = both(network, extractor_norm="group", chunk_frames=())
     wave = torch.randn(3, 1000) * torch.tensor([[100.0], [1e-4], [0.0]]) + torch.tensor([[50.0], [0.0], [0.0]])
     expected, found = (one.encode(wave)[0].x for one in (model, packed))
@@ -176,8 +181,10 @@ def test_loud_quiet_and_silent_audio_are_normalised_alike():
 
 @needs_product
 @pytest.mark.parametrize("bias", (True, False))
-def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias):
+@pytest.mark.parametrize("copied", (True, False))
+def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias, copied, monkeypatch):
     """Weights, biases and audio with large means: what a LayerNorm takes off is not in the packed weights."""
+    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
     model, packed = (network(conv_bias=bias, chunk_frames=()) for _ in range(2))
     for one in (model, packed):
         for block in one.feature_extractor.conv_layers:
