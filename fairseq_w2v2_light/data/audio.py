@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 
 from fairseq_w2v2_light.data.manifest import RECEPTIVE_FIELD, SAMPLE_RATE
+from fairseq_w2v2_light.runtime.audio import UNREADABLE
 
 # Only these encodings can hold NaN or infinity: others need no decoding to rule them out.
 FLOAT_SUBTYPES = ("FLOAT", "DOUBLE")
@@ -38,7 +39,7 @@ def _samples_problem(path: Path, frames: int) -> Optional[Inspection]:
             if not finite.all():
                 return Inspection(reason="NaN samples", detail=f"{int((~finite).sum())} samples are NaN or infinite")
             read += len(block)
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except UNREADABLE as error:
         return Inspection(reason="not audio", detail=f"cannot be decoded: {error}")
     if read != frames:
         return Inspection(reason="not audio", detail=f"holds {read} samples, its header says {frames}: truncated")
@@ -58,7 +59,7 @@ def inspect_audio(path: Path, min_frames: int = RECEPTIVE_FIELD, deep: bool = Fa
         return Inspection(reason="zero length", detail="the file has 0 bytes")
     try:
         header = soundfile.info(str(path))
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except UNREADABLE as error:
         return Inspection(reason="not audio", detail=str(error))
     if header.frames <= 0:
         return Inspection(reason="zero length", detail="the file has 0 samples")

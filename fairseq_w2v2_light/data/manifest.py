@@ -13,6 +13,7 @@ from typing import Container, Dict, List, NamedTuple, Optional, Sequence, Tuple,
 import soundfile
 
 from fairseq_w2v2_light.files import atomic_path, atomic_write_text
+from fairseq_w2v2_light.runtime.audio import UNREADABLE
 
 SAMPLE_RATE = 16000
 # Samples that stock wav2vec 2.0's frontend needs for one frame.
@@ -118,7 +119,7 @@ def audio_header_problem(path: Path, frames: Optional[int] = None) -> Optional[s
         return f"no permission to read the audio file: {path}"
     try:
         header = soundfile.info(str(path))
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except UNREADABLE as error:
         return f"not an audio file that libsndfile can read: {path} ({error}); {_WITHOUT_IT}"
     if header.samplerate != SAMPLE_RATE:
         return (

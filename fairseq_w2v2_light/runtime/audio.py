@@ -17,6 +17,9 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, Optional, Sequen
 import numpy as np
 import soundfile
 
+# what soundfile raises for a file that it cannot read; TypeError, whatever the file holds, where its name ends in .raw
+UNREADABLE = (soundfile.SoundFileError, RuntimeError, TypeError)
+
 _BYTES_PER_SAMPLE = 2
 _FULL_SCALE = 32768
 # integers of 32 bits that nobody scaled; the square of 2**64 is beyond float32
@@ -280,7 +283,7 @@ def _open(path: Union[str, Path], name: str = "") -> soundfile.SoundFile:
         raise ValueError(f"{name}: found a folder, expected an audio file")
     try:
         return soundfile.SoundFile(str(path))
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except UNREADABLE as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise ValueError(
             f"{name}: not audio that libsndfile can read ({reason}); expected WAV, FLAC, Ogg, MP3 or the like "
@@ -294,7 +297,7 @@ def _file_blocks(file: soundfile.SoundFile, name: str, block: int) -> Iterator[n
         while True:
             try:
                 samples = file.read(block, dtype="float32", always_2d=True)
-            except (soundfile.SoundFileError, RuntimeError) as error:
+            except UNREADABLE as error:
                 raise ValueError(f"{name}: cannot be decoded beyond {read / file.samplerate:.3f} s: {error}") from None
             if not len(samples):
                 break

@@ -45,10 +45,11 @@ def test_usable_audio_gives_its_length(tmp_path, tone):
     assert (finding.reason, finding.frames) == (None, 8000)
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.raw"])
 @pytest.mark.parametrize("content, reason", [(b"", "zero length"), (b"not audio at all", "not audio")])
-def test_files_that_are_no_audio(tmp_path, content, reason):
-    (tmp_path / "a.wav").write_bytes(content)
-    assert inspect_audio(tmp_path / "a.wav").reason == reason
+def test_files_that_are_no_audio(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    assert inspect_audio(tmp_path / name).reason == reason
 
 
 def test_a_file_without_permission(tmp_path, tone, monkeypatch):

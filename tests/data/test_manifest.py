@@ -140,6 +140,11 @@ def test_missing_and_non_audio_files_are_noticed(manifest_folder):
     audio.unlink()
     with pytest.raises(ValueError, match=r"train\.tsv:4: no such audio file"):
         validate_split(manifest_folder, "train", None)
+    audio.with_name("2.raw").write_bytes(bytes(1000))
+    manifest = manifest_folder / "train.tsv"
+    manifest.write_text(manifest.read_text().replace("2.flac", "2.raw"))
+    with pytest.raises(ValueError, match=r"train\.tsv:4: not an audio file"):
+        validate_split(manifest_folder, "train", None)
 
 
 def test_number_of_further_problems_is_told(manifest_folder):
