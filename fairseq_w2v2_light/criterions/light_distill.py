@@ -31,7 +31,10 @@ WEIGHTS = ("hidden_weight", *TEACHER_LOGITS, *LABELS, "feature_penalty_weight")
 class LightDistillConfig(FairseqDataclass):
     teacher: str = field(
         default="",
-        metadata={"help": "absolute path of the teacher: a wav2vec2, wav2vec_ctc or light_ctc checkpoint, or ours"},
+        metadata={
+            "help": "absolute path of the teacher: a wav2vec2, wav2vec_ctc or light_ctc checkpoint, ours, or a model "
+            "folder"
+        },
     )
     teacher_dtype: str = field(default="float32", metadata={"help": "float32, float16 or bfloat16"})
     teacher_operating_point: str = field(

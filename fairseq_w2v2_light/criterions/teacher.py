@@ -1,4 +1,4 @@
-"""The teacher of distillation: any wav2vec 2.0 checkpoint, frozen, outside the student's checkpoint."""
+"""The teacher of distillation: any wav2vec 2.0 checkpoint or model folder, frozen, outside the student's checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.manifest import first_difference
-from ..models.checkpoint import EncoderCheckpoint, load_encoder, require_finite_weights
+from ..models.checkpoint import load_encoder, require_finite_weights
 from ..models.w2v2_light import STOCHASTIC, build_backbone
 from ..nn.backbone import Backbone
 from ..nn.frontend import receptive_field
 from ..nn.masks import pooled_length
-from ..nn.operating_point import OperatingPoint
+from ..nn.operating_point import OperatingPoint, OperatingPointSpace
+from ..runtime.folder import CONFIG, TOKENS, WEIGHTS, is_model_folder, read_folder
+from ..runtime.quantized import INT8, dequantize_
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _READ_BYTES = 1 << 22
@@ -101,36 +103,30 @@ class Teacher:
         sample_rate: Optional[int] = None,
         key: str = "criterion.teacher",
     ) -> Teacher:
-        """Reads a fairseq checkpoint, stock `wav2vec2` and `wav2vec_ctc` or ours, as a teacher.
+        """Reads a fairseq checkpoint, stock `wav2vec2` and `wav2vec_ctc` or ours, or a model folder, as a teacher.
 
         layers: depths, from 0, whose outputs are needed. operating_point: where a stochastic teacher runs; empty: its
         own fixed point, else its least reduction. symbols (None: unlabelled), normalize and sample_rate are the
-        student task's. key: the setting that messages name. Raises FileNotFoundError, and ValueError for a file that
-        is no such checkpoint, NaN weights, and a teacher that does not fit: no CTC head where logits are needed,
-        another dictionary, too few layers, other audio, an operating point that it was not trained for.
+        student task's. key: the setting that messages name. int8 weights of a folder teach as the floats that they
+        stand for. Raises FileNotFoundError, and ValueError for a file that is no such checkpoint, NaN weights, and a
+        teacher that does not fit: no CTC head where logits are needed, another dictionary, too few layers, other audio,
+        an operating point that it was not trained for.
         """
         if dtype not in DTYPES:
             raise ValueError(f"{key}_dtype: found '{dtype}', expected one of {', '.join(DTYPES)}")
-        if Path(path).is_dir():
-            raise ValueError(
-                f"{key}: '{path}' is a folder; expected a fairseq checkpoint file, such as {Path(path) / 'x.pt'}"
-            )
-        checkpoint = load_encoder(path, key)
         where = f"{key}: {path}"
-        require_finite_weights(checkpoint.head or {}, where)
+        stored = _read_folder(path, key) if Path(path).is_dir() else _read_checkpoint(path, key)
         if needs_logits:
-            _check_head(checkpoint, symbols, where)
-        normalizes = _check_audio(checkpoint, normalize, sample_rate, where)
-        backbone = build_backbone(checkpoint, where)
+            _check_head(stored, symbols, where)
         return cls(
             path,
-            backbone,
-            _operating_point(checkpoint, backbone, operating_point, where),
+            stored.backbone,
+            _operating_point(stored.backbone.config.operating_points, operating_point or stored.point, where),
             layers=layers,
-            head=checkpoint.head if needs_logits else None,
-            symbols=checkpoint.symbols,
+            head=stored.head if needs_logits else None,
+            symbols=stored.symbols,
             dtype=dtype,
-            normalizes=normalizes,
+            normalizes=_check_audio(stored, normalize, sample_rate, where),
             key=key,
         )
 
@@ -151,11 +147,13 @@ class Teacher:
 
     @cached_property
     def content(self) -> str:
-        """sha256 of the checkpoint file, as hexadecimal digits."""
+        """sha256 of the checkpoint file, or of a folder's files, as hexadecimal digits."""
         digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            for block in iter(lambda: file.read(_READ_BYTES), b""):
-                digest.update(block)
+        path = Path(self.path)
+        for part in [path / name for name in (CONFIG, TOKENS, WEIGHTS)] if path.is_dir() else [path]:
+            with open(part, "rb") as file:
+                while block := file.read(_READ_BYTES):
+                    digest.update(block)
         return digest.hexdigest()
 
     @property
@@ -222,17 +220,64 @@ class Teacher:
             self._device = device
 
 
-def _check_head(checkpoint: EncoderCheckpoint, symbols: Optional[List[str]], where: str) -> None:
-    """Raises ValueError unless the checkpoint has a CTC head over `symbols` (None: any)."""
-    if checkpoint.head is None:
+class _Stored(NamedTuple):
+    """A model as it was stored.
+
+    head: weights of the CTC projection, None for a pre-trained encoder. symbols: its dictionary, None where none is
+    stored. normalize, sample_rate: of the audio it was trained on, None: not known. point: its fixed one, or empty.
+    """
+
+    backbone: Backbone
+    head: Optional[Dict[str, Tensor]]
+    symbols: Optional[List[str]]
+    normalize: bool
+    sample_rate: Optional[int]
+    point: str
+
+
+def _read_checkpoint(path, key: str) -> _Stored:
+    checkpoint = load_encoder(path, key)
+    where = f"{key}: {path}"
+    require_finite_weights(checkpoint.head or {}, where)
+    task = checkpoint.cfg.get("task") or {}
+    point = checkpoint.cfg.model.operating_point
+    return _Stored(
+        build_backbone(checkpoint, where),
+        checkpoint.head,
+        checkpoint.symbols,
+        bool(task.get("normalize", False)),
+        int(task.get("sample_rate") or 0) or None,
+        "" if point == STOCHASTIC else point,
+    )
+
+
+def _read_folder(path, key: str) -> _Stored:
+    if not is_model_folder(path):
+        raise ValueError(
+            f"{key}: '{path}' is a folder; expected a fairseq checkpoint file, such as {Path(path) / 'x.pt'}, or a "
+            "model folder, as `w2v2-light export` writes it"
+        )
+    try:
+        model = read_folder(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+    if model.stored_dtype == INT8:
+        dequantize_(model)
+    head = model.head.state_dict()
+    return _Stored(model.backbone, head, model.symbols, model.normalize, model.sample_rate, str(model.point))
+
+
+def _check_head(stored: _Stored, symbols: Optional[List[str]], where: str) -> None:
+    """Raises ValueError unless the model has a CTC head over `symbols` (None: any)."""
+    if stored.head is None:
         raise ValueError(
             f"{where} is a pre-trained encoder without labels, and this criterion needs the teacher's logits: expected "
             "a fine-tuned wav2vec_ctc or light_ctc checkpoint; fine-tune the teacher first, or use hidden layers only"
         )
     if symbols is None:
         return
-    labels = len(checkpoint.head["weight"])
-    found = checkpoint.symbols
+    labels = len(stored.head["weight"])
+    found = stored.symbols
     if found is None and labels == len(symbols):
         return
     if found is None:
@@ -250,29 +295,24 @@ def _check_head(checkpoint: EncoderCheckpoint, symbols: Optional[List[str]], whe
         )
 
 
-def _check_audio(checkpoint: EncoderCheckpoint, normalize: bool, sample_rate: Optional[int], where: str) -> bool:
+def _check_audio(stored: _Stored, normalize: bool, sample_rate: Optional[int], where: str) -> bool:
     """Whether the teacher has to normalise the student's audio itself; raises ValueError when it cannot be undone."""
-    task = checkpoint.cfg.get("task") or {}
-    rate = task.get("sample_rate") or None
-    if None not in (rate, sample_rate) and int(rate) != int(sample_rate):
+    rate = stored.sample_rate
+    if None not in (rate, sample_rate) and rate != int(sample_rate):
         raise ValueError(
             f"{where}: was trained on audio of {rate} Hz, but task.sample_rate is {sample_rate}; expected the same; "
             f"set task.sample_rate={rate} and give it such audio, or take another teacher"
         )
-    trained = bool(task.get("normalize", False))
-    if normalize and not trained:
+    if normalize and not stored.normalize:
         raise ValueError(
             f"{where}: was trained with task.normalize=false, but the student's task.normalize is true, after which "
             "the audio that the teacher needs is gone; set task.normalize=false"
         )
-    return trained and not normalize
+    return stored.normalize and not normalize
 
 
-def _operating_point(checkpoint: EncoderCheckpoint, backbone: Backbone, text: str, where: str) -> OperatingPoint:
-    """The point that was asked for, else the checkpoint's fixed one, else its least reduction."""
-    space = backbone.config.operating_points
-    fixed = checkpoint.cfg.model.operating_point
-    text = text or (fixed if fixed != STOCHASTIC else "")
+def _operating_point(space: OperatingPointSpace, text: str, where: str) -> OperatingPoint:
+    """The point that was asked for or is the model's fixed one, else its least reduction."""
     try:
         return space.check(OperatingPoint.parse(text)) if text else space.default
     except ValueError as error:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_w2v2_light.criterions.teacher import Teacher
+from fairseq_w2v2_light.export.folder import export_folder
 from fairseq_w2v2_light.nn.config import PRUNE_UNITS
 from fairseq_w2v2_light.runtime.load import load_ctc
 
@@ -92,6 +93,38 @@ def test_gates_of_the_teacher_close_what_they_close_in_the_model(checkpoints, tm
         teacher = Teacher.load(checkpoint.path, needs_logits=needs_logits, layers=(1, 3))
         for depth, hidden in teacher(source[:1]).hidden.items():
             close(hidden, expected[depth], 1e-5)
+
+
+@pytest.mark.parametrize("name", ("stock_ctc", "light_ctc", "squeezed_ctc", "sew_ctc", "streaming_ctc"))
+def test_a_model_folder_teaches_what_its_checkpoint_does(files, checkpoints, tmp_path, name):
+    path = getattr(files, name).path
+    export_folder(path, tmp_path / "folder")
+    teachers = [Teacher.load(source, needs_logits=True, layers=(1, 3)) for source in (path, tmp_path / "folder")]
+    expected, found = (teacher(*checkpoints.audio(900, 700)) for teacher in teachers)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert teachers[0].symbols == teachers[1].symbols and teachers[0].fingerprint != teachers[1].fingerprint
+
+
+def test_a_model_folder_in_int8_teaches_its_weights_as_floats(files, checkpoints, tmp_path):
+    export_folder(files.light_ctc.path, tmp_path / "int8", dtype="int8")
+    teacher = Teacher.load(tmp_path / "int8", needs_logits=True, dtype="bfloat16", operating_point="s2q1k2")
+    expected = Teacher.load(files.light_ctc.path, needs_logits=True, operating_point="s2q1k2")
+    found, expected = (teacher(checkpoints.audio(900)[0]).logits for teacher in (teacher, expected))
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_model_folder_that_does_not_fit(checkpoints, tmp_path):
+    checkpoint = checkpoints.light_ctc(tmp_path / "a.pt", task={"normalize": True, "sample_rate": 8000})
+    export_folder(checkpoint.path, tmp_path / "folder")
+    source, padding_mask = checkpoints.audio(900, 700)
+    outputs = [
+        Teacher.load(path, needs_logits=True)(source, padding_mask) for path in (checkpoint.path, tmp_path / "folder")
+    ]
+    torch.testing.assert_close(*outputs, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="criterion.teacher: .*folder: was trained on audio of 8000 Hz"):
+        Teacher.load(tmp_path / "folder", sample_rate=16000)
+    with pytest.raises(ValueError, match="criterion.teacher: .*folder: its dictionary"):
+        Teacher.load(tmp_path / "folder", needs_logits=True, symbols=["<s>", "<pad>", "</s>", "<unk>", "x"])
 
 
 @pytest.mark.parametrize("name", ("stock", "stock_base", "light"))
@@ -340,8 +373,11 @@ def test_float16_needs_a_gpu(files, checkpoints):
         teacher(checkpoints.audio(900)[0])
 
 
-def test_a_folder(tmp_path):
+def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="criterion.teacher: .* is a folder; expected a fairseq checkpoint file"):
+        Teacher.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="criterion.teacher: .*config.json: format: found None"):
         Teacher.load(tmp_path)
 
 
