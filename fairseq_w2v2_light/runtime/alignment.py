@@ -108,11 +108,13 @@ def timed_words(
             until = since = steps.argmin()
         else:
             continue
-        seconds = origin + max(first, 0) * step_seconds
+        seconds = origin + (max(first, 0) + np.array([until, since])) * step_seconds
+        # a gap need not begin and end where steps do
+        until, since = np.clip(seconds, begins, finishes)
         if gap:
-            grown_ends[gap - 1] = min(max(seconds + until * step_seconds, begins), begins + REACH)
+            grown_ends[gap - 1] = min(until, begins + REACH)
         if gap < len(spans):
-            grown_starts[gap] = max(min(seconds + since * step_seconds, finishes), finishes - REACH)
+            grown_starts[gap] = max(since, finishes - REACH)
     return tuple(
         TimedWord(text, max(0.0, float(start)), float(end), _geometric_mean(confidences[first : last + 1]))
         for (text, first, last), start, end in zip(spans, grown_starts, grown_ends)

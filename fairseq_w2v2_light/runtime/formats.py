@@ -129,10 +129,13 @@ def _vtt(transcript: Transcript) -> str:
 
 def _ctm(transcript: Transcript, recording: str = "") -> str:
     recording = "_".join(printable(recording or Path(transcript.source).stem).split()) or "unknown"
-    return "".join(
-        f"{recording} 1 {word.start:.3f} {max(word.end - word.start, 0.001):.3f} {word.text} {word.confidence:.4f}\n"
-        for word in transcript.words
-    )
+    lines = []
+    for word in transcript.words:
+        # of rounded times, or a word might end after the next one's start
+        start, end = round(word.start, 3), round(word.end, 3)
+        length = max(end - start, 0.001)
+        lines.append(f"{recording} 1 {start:.3f} {length:.3f} {word.text} {word.confidence:.4f}\n")
+    return "".join(lines)
 
 
 _WRITERS: Dict[str, Callable[[Transcript], str]] = {

@@ -58,12 +58,14 @@ def test_loudness_may_be_missing(steps):
     assert (word.start, word.end) == pytest.approx((0.4, 0.42))
 
 
-def test_words_never_overlap():
+@pytest.mark.parametrize("first_frame", [0.0, 0.0025625, 0.0075])  # frames need not begin where steps of loudness do
+@pytest.mark.parametrize("level", [2, 50])  # some pauses, none
+def test_words_never_overlap(first_frame, level):
     generator = np.random.RandomState(0)
-    for _ in range(50):
+    for _ in range(200):
         frames = np.sort(generator.choice(100, 20, replace=False)).tolist()
         tokens = [Token(generator.choice([BAR, A, B]), frame, frame + 1) for frame in frames]
-        found = words(tokens, generator.standard_normal(200) * 5 + 2)
+        found = words(tokens, generator.standard_normal(200) * 5 + level, first_frame=first_frame)
         assert all(word.start < word.end for word in found)
         assert all(one.end <= two.start + 1e-9 for one, two in zip(found, found[1:]))
 
