@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees a half-written one."""
+"""Reading text files, and writing files so that a reader never sees a half-written one."""
 
 import contextlib
 import os
@@ -6,6 +6,17 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Collection, Iterator, Union
+
+
+def read_utf8(path: Path, encoding: str = "utf-8-sig") -> str:
+    """The text of a file; raises ValueError that names it where it is not UTF-8. A byte order mark is no part of it.
+
+    encoding: "utf-8" keeps the mark, for what does not allow one.
+    """
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
 
 
 @contextlib.contextmanager

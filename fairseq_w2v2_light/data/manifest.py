@@ -12,7 +12,7 @@ from typing import Container, Dict, List, NamedTuple, Optional, Sequence, Tuple,
 
 import soundfile
 
-from fairseq_w2v2_light.files import atomic_path, atomic_write_text
+from fairseq_w2v2_light.files import atomic_path, atomic_write_text, read_utf8
 from fairseq_w2v2_light.runtime.audio import UNREADABLE
 
 SAMPLE_RATE = 16000
@@ -43,10 +43,7 @@ class Manifest:
 def _read_lines(path: Path, purpose: str) -> List[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {purpose}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+    text = read_utf8(path, "utf-8")
     if text.startswith("\ufeff"):
         raise ValueError(
             f"{path}:1: begins with a byte order mark, which fairseq takes for text; save the file as UTF-8 without it"

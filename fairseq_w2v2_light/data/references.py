@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..files import read_utf8
 from ..runtime.text import Labels
 from . import manifest
 from .sources import read_table
@@ -111,10 +112,7 @@ def read_lines(path: Path, ids: str = "auto") -> List[Hypothesis]:
     """
     if ids not in IDS:
         raise ValueError(f"--ids {ids}: expected one of {', '.join(IDS)}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+    lines = read_utf8(path).split("\n")
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -280,11 +278,7 @@ def _table_references(path: Path, split: str, columns: Optional[Dict[str, str]])
 
 def _json_hypotheses(path: Path) -> List[Hypothesis]:
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -9,6 +9,8 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import soundfile
 
+from fairseq_w2v2_light.files import read_utf8
+
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # What data sets call their splits, and what fairseq's recipes call them.
 SPLIT_ALIASES = {"dev": "valid", "val": "valid", "validation": "valid", "eval": "test"}
@@ -58,7 +60,7 @@ def _librispeech_defaults(tree: Path) -> Dict[str, List[str]]:
 
 
 def _read_transcripts(path: Path) -> Iterator[Tuple[int, str, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         name, _, text = line.strip().partition(" ")
         if name:
             yield number, name, text

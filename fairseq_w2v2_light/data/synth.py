@@ -19,6 +19,7 @@ from fairseq_w2v2_light.data.audio import resample, write_flac
 from fairseq_w2v2_light.data.manifest import SAMPLE_RATE
 from fairseq_w2v2_light.data.progress import progress
 from fairseq_w2v2_light.data.sources import Utterance
+from fairseq_w2v2_light.files import read_utf8
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Accent+variant, as espeak-ng names them ("en" is British). A variant sets formants and pitch: no variant of valid or
@@ -249,4 +250,4 @@ def read_vocabulary(path: Path) -> Tuple[str, ...]:
     """Words to speak, one a line; blank lines and repeated words are dropped."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such vocabulary file; expected one word a line")
-    return tuple(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+    return tuple(dict.fromkeys(line.strip() for line in read_utf8(path).splitlines() if line.strip()))

@@ -57,6 +57,19 @@ def test_librispeech_without_training_folder_is_refused(tmp_path):
         read_librispeech(tmp_path / "nowhere")
 
 
+def test_transcripts_that_are_not_utf8_are_named(tmp_path):
+    transcripts = chapter(tmp_path, "train-a") / "19-198.trans.txt"
+    transcripts.write_bytes("19-198-0000 CAF\xc9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{transcripts}: not a UTF-8 text file .*at byte 15"):
+        read_librispeech(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    transcripts = chapter(tmp_path, "train-a", texts=["SO I"]) / "19-198.trans.txt"
+    transcripts.write_text(transcripts.read_text(), encoding="utf-8-sig")
+    assert [(u.path.name, u.text) for u in read_librispeech(tmp_path)["train"]] == [("19-198-0000.flac", "SO I")]
+
+
 def test_librispeech_subset_without_transcripts_is_refused(tmp_path):
     (tmp_path / "train-x").mkdir()
     with pytest.raises(ValueError, match=r"train-x: holds no \*\.trans\.txt"):

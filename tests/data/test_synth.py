@@ -159,6 +159,9 @@ def test_impossible_options_are_refused(options, message):
         SynthOptions(**options)
 
 
-def test_a_missing_vocabulary_is_named(tmp_path):
+def test_a_missing_or_unreadable_vocabulary_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"words\.txt: no such vocabulary file"):
+        read_vocabulary(tmp_path / "words.txt")
+    (tmp_path / "words.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"words\.txt: not a UTF-8 text file"):
         read_vocabulary(tmp_path / "words.txt")
