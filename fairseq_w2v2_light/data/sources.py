@@ -5,7 +5,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import soundfile
 
@@ -127,20 +127,35 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Tuple[int, Dict[str, str]]
             yield reader.line_num, dict(zip(header, values))
 
 
-def _jsonl_rows(path: Path) -> Iterator[Tuple[int, Dict[str, str]]]:
+def _jsonl_rows(path: Path) -> Iterator[Tuple[int, Dict[str, Any]]]:
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: found {type(row).__name__}; expected one JSON object per line")
-        yield number, {str(key): "" if value is None else str(value) for key, value in row.items()}
+        yield number, {key: _as_text(value) for key, value in row.items()}
 
 
-def _table_rows(path: Path) -> Iterator[Tuple[int, Dict[str, str]]]:
+def _as_text(value: Any) -> Any:
+    """A JSON value as a cell of a table: a text, but for lists and objects, which are none."""
+    if isinstance(value, (list, dict)):
+        return value
+    return "" if value is None else str(value)
+
+
+def _cell(row: Dict[str, Any], column: str, where: str) -> str:
+    """The text in a column of a row; raises ValueError for a list or an object, whose brackets would become labels."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column!r} holds a {type(value).__name__}, {value!r:.60}; expected a text")
+    return value
+
+
+def _table_rows(path: Path) -> Iterator[Tuple[int, Dict[str, Any]]]:
     kind = path.suffix.lower()
     if kind == ".csv":
         return _csv_rows(path, ",")
@@ -174,13 +189,12 @@ def read_table(path: Path, columns: Optional[Dict[str, str]] = None) -> List[Utt
                         f"{where}: no column {names[key]!r}, found {', '.join(row)}; name it with --columns {key}=NAME"
                         + (", and for audio without text use `prepare audio`" if key == "text" else "")
                     )
-            split = _split_name(row.get(names["split"], "").strip(), where)
+            split = _split_name(str(row.get(names["split"], "")).strip(), where)
             if utterances and bool(split) != bool(utterances[0].split):
                 raise ValueError(f"{where}: column {names['split']!r} is filled in some rows only; fill all or none")
-            speaker = row.get(names["speaker"], "").strip()
-            utterances.append(
-                Utterance(path.parent / row[names["path"]].strip(), row[names["text"]], speaker, split, where)
-            )
+            speaker = str(row.get(names["speaker"], "")).strip()
+            audio, text = (_cell(row, names[key], where) for key in ("path", "text"))
+            utterances.append(Utterance(path.parent / audio.strip(), text, speaker, split, where))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a UTF-8 text table: {error}") from None
     if not utterances:

@@ -88,7 +88,7 @@ def test_librispeech_subset_serves_one_split(tmp_path):
         ("a.csv", 'path,text,speaker,split\nx/1.wav,"hi, there",anna,dev\n'),
         ("a.csv", '\ufeffpath,text,speaker,split\r\nx/1.wav,"hi, there",anna,dev\r\n\r\n'),
         ("a.tsv", "split\tspeaker\ttext\tpath\nvalidation\tanna\thi, there\tx/1.wav\n"),
-        ("a.jsonl", '{"path": "x/1.wav", "text": "hi, there", "speaker": "anna", "split": "valid", "age": 3}\n\n'),
+        ("a.jsonl", '{"path": "x/1.wav", "text": "hi, there", "speaker": "anna", "split": "valid", "times": [3]}\n\n'),
     ],
 )
 def test_tables_of_every_kind(tmp_path, name, text):
@@ -124,6 +124,13 @@ def test_columns_can_be_named(tmp_path):
         ("a.csv", "", r"a\.csv:1: found no header"),
         ("a.csv", "path,text\n", "holds no utterance"),
         ("a.jsonl", '{"path": "1.wav", "text": "a"}\n{"path": \n', r"a\.jsonl:2: not a JSON object"),
+        ("a.jsonl", "[" * 100000 + "\n", r"a\.jsonl:1: not a JSON object"),
+        (
+            "a.jsonl",
+            '{"path": "1.wav", "text": ["hi", "there"]}\n',
+            r"a\.jsonl:1: 'text' holds a list, \['hi', 'there'\]; expected a text",
+        ),
+        ("a.jsonl", '{"path": {"a": 1}, "text": "hi"}\n', r"a\.jsonl:1: 'path' holds a dict, \{'a': 1\}"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: found list; expected one JSON object per line"),
         (
             "a.csv",
