@@ -108,8 +108,17 @@ def infer(argv: List[str]) -> List[Dict[str, Any]]:
         try:
             compat.run_infer(flags + overrides, adapt)
         except _JobFailed as failure:
-            raise failure.__cause__ from None
+            raise _as_raised(failure.__cause__) from None
     return results
+
+
+def _as_raised(error: Exception) -> Exception:
+    """The error that a worker process met, which torch hides below the worker's traceback; any other as it is."""
+    text = str(error)
+    _, found, message = text.rpartition(f"\n{type(error).__name__}: ")
+    if isinstance(error, (ValueError, OSError)) and found and text.startswith("Caught "):
+        return type(error)(message.strip())
+    return error
 
 
 def default_overrides(arguments: argparse.Namespace, scratch: str) -> List[str]:

@@ -252,8 +252,9 @@ def test_bad_audio_met_while_decoding_leaves_former_results_as_they_were(capsys,
     # The last but one: the header of a float file does not tell, and others are decoded before.
     lines[8] = f"{os.path.relpath(tmp_path / 'nan.wav', lines[0])}\t9000"
     (data / "test.tsv").write_text("\n".join(lines) + "\n")
-    message = failure(capsys, argv)
-    assert f"{data / 'test.tsv'}:9: " in message and "nan.wav: NaN samples" in message
+    for workers in (0, 1):
+        message = failure(capsys, [*argv, f"dataset.num_workers={workers}"])
+        assert f"error: {data / 'test.tsv'}:9: " in message and "nan.wav: NaN samples" in message
     assert {"hypo.word", "ref.word", "hypo.units", "ref.units", "wer"} <= {path.name for path in results}
     assert [path.read_bytes() for path in results if path.is_file()] == before
     assert not list((tmp_path / "out").glob(".*.word"))
