@@ -103,11 +103,25 @@ def make_checkpoint_reading_safe() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load
 
 
-def make_hydra_print_errors() -> None:
-    """Lets a failing fairseq-hydra-train end with its own error on Python 3.10.
+class _InspectWithModules:
+    """Stands in for the module inspect where hydra reports errors: every frame is of some module."""
 
-    hydra 1.0 calls traceback.print_exception(etype=...), a name that Python 3.10 took away, and dies of that instead.
+    def __getattr__(self, name):
+        return getattr(inspect, name)
+
+    @staticmethod
+    def getmodule(frame):
+        return inspect.getmodule(frame) or fairseq
+
+
+def make_hydra_print_errors() -> None:
+    """Lets a failing fairseq-hydra-train end with its own error on Python 3.9 and 3.10.
+
+    hydra 1.0 dies of two things instead, while it prints a traceback. It asserts that every frame is of a module, which
+    the __init__ of a dataclass, made from text, is not: what our configurations refuse passes one. And it calls
+    traceback.print_exception(etype=...), a name that Python 3.10 took away.
     """
+    hydra_utils.inspect = _InspectWithModules()
     if "etype" not in inspect.signature(traceback.print_exception).parameters:
         hydra_utils.print_exception = lambda etype, value, tb: traceback.print_exception(type(value), value, tb)
 

@@ -161,6 +161,15 @@ def test_bad_audio_stops_training_and_is_named(corpus, tmp_path):
     assert not list((tmp_path / "save").glob("*.pt"))
 
 
+def test_what_a_configuration_refuses_is_the_last_that_training_says(corpus, tmp_path):
+    """Its traceback passes the __init__ of a dataclass, of which hydra 1.0 died itself."""
+    process = start([train_program(), *arguments(corpus, tmp_path / "save", "model.squeeze_factors=[0,1]")])
+    output, _ = process.communicate(timeout=300)
+    errors = [line for line in output.splitlines() if "Error" in line and "HYDRA_FULL_ERROR" not in line]
+    assert process.returncode != 0
+    assert errors[-1].startswith("ValueError: squeeze_factors: found [0, 1], expected distinct integers of 1 or more")
+
+
 def fine_tune(corpus, save_dir, pretrained, *overrides, config=None):
     config = config or config_dir("finetuning") / "tiny.yaml"
     command = [
