@@ -20,6 +20,8 @@ def recipe_path(recipe: str) -> Path:
     for path in (Path(recipe), named.with_name(named.name + ".yaml"), named):
         if path.is_file():
             return path
+    if recipe and Path(recipe).is_dir():
+        raise FileNotFoundError(f"{recipe}: a folder, but no model folder; name a checkpoint or a recipe in it")
     if Path(recipe).is_absolute() or Path(recipe).suffix == ".pt":
         raise FileNotFoundError(f"{recipe}: no such file or folder; recipes have names such as pretraining/sew_tiny")
     known = sorted(str(path.relative_to(config_dir()).with_suffix("")) for path in config_dir().rglob("*.yaml"))

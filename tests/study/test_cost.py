@@ -432,6 +432,11 @@ def test_bad_input_gets_a_message(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_that_is_no_model_folder_is_not_said_to_be_missing(tmp_path, capsys):
+    assert main(["cost", str(tmp_path)]) == 2
+    assert f"{tmp_path}: a folder, but no model folder; name a checkpoint" in capsys.readouterr().err
+
+
 def test_a_model_folder_costs_what_its_checkpoint_does(tmp_path):
     path = finetuned(tmp_path, **STOCHASTIC, unique_layers=2)
     export_folder(path, tmp_path / "folder")
