@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
+from typing import List
 
 import soundfile
 from streaming import speech
@@ -42,9 +43,6 @@ WAYS = {
 }
 
 
-SMOKE_WAYS = 2
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?")
@@ -62,14 +60,15 @@ def main() -> None:
             args.out = Path(folder)
             args.data = make_noise(args.out / "noise")
             args.teacher = train("finetuning/tiny", args.data, args.out / "teacher", STUDENT, max_update=10)
-            return compare(args, rounds=1)
-    if args.data is None or args.teacher is None:
+            compare(args, list(WAYS)[:2], rounds=1, uncounted=0)
+    elif args.data is None or args.teacher is None:
         parser.error("FOLDER and TEACHER are needed; only --smoke does without")
-    return compare(args, rounds=args.repeats + 1)
+    else:
+        compare(args, list(WAYS), rounds=args.repeats, uncounted=1)
 
 
-def compare(args, rounds: int) -> None:
-    """Measures all ways in turns and prints their table; the first of several rounds does not count."""
+def compare(args, ways: List[str], rounds: int, uncounted: int) -> None:
+    """Measures ways in turns, in so many rounds after those that do not count, and prints their table."""
     data = args.out / "data"
     if not (data / "train.tsv").is_file():
         localise_manifest(args.data, data)
@@ -78,12 +77,11 @@ def compare(args, rounds: int) -> None:
             (data / f"train.{suffix}").write_text("".join(lines[: args.utterances + header]))
         w2v2_light(["denominator", str(data), str(data / "graph.npz"), "--labels", "ltr"])
 
-    ways = list(WAYS)[:SMOKE_WAYS] if args.smoke else list(WAYS)
     seconds = {way: [] for way in ways}
-    for number in range(rounds):
+    for number in range(uncounted + rounds):
         for way in ways:
             measured = epoch_seconds(WAYS[way], data, args)
-            if number or rounds == 1:
+            if number >= uncounted:
                 seconds[way].append(measured)
     plain = statistics.median(seconds[ways[0]])
     print("\n| training | s an epoch, median | of plain CTC |\n|---|---|---|")

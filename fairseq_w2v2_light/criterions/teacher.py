@@ -239,14 +239,13 @@ def _read_checkpoint(path, key: str) -> _Stored:
     checkpoint = load_encoder(path, key)
     where = f"{key}: {path}"
     require_finite_weights(checkpoint.head or {}, where)
-    task = checkpoint.cfg.get("task") or {}
     point = checkpoint.cfg.model.operating_point
     return _Stored(
         build_backbone(checkpoint, where),
         checkpoint.head,
         checkpoint.symbols,
-        bool(task.get("normalize", False)),
-        int(task.get("sample_rate") or 0) or None,
+        checkpoint.normalizes,
+        checkpoint.sample_rate,
         "" if point == STOCHASTIC else point,
     )
 
@@ -260,7 +259,8 @@ def _read_folder(path, key: str) -> _Stored:
     try:
         model = read_folder(path)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{key}: {error}") from error
     if model.stored_dtype == INT8:
         dequantize_(model)
     head = model.head.state_dict()

@@ -37,6 +37,16 @@ class EncoderCheckpoint:
     head: Optional[Dict[str, torch.Tensor]] = None
     symbols: Optional[List[str]] = None
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether it was trained on normalised audio, its task.normalize."""
+        return bool((self.cfg.get("task") or {}).get("normalize"))
+
+    @property
+    def sample_rate(self) -> Optional[int]:
+        """Of the audio that it was trained on, in Hz; None: not known."""
+        return int((self.cfg.get("task") or {}).get("sample_rate") or 0) or None
+
 
 def load_state(path, key: str = "checkpoint") -> Dict[str, Any]:
     """Reads a fairseq checkpoint file, its configuration as a DictConfig; `key` names the setting in messages.

@@ -169,16 +169,26 @@ class _Logits(nn.Module):
         return self.model(wave, point=self.point)[0]
 
 
-def build(contender: Contender, setting: Setting, model: Optional[CtcModel] = None) -> Callable[[Tensor], Tensor]:
+def build(
+    contender: Contender,
+    setting: Setting,
+    model: Optional[CtcModel] = None,
+    networks: Optional[Dict[Contender, CtcModel]] = None,
+) -> Callable[[Tensor], Tensor]:
     """A contender as a function from waveforms (batch, samples) to logits, ready to be timed.
 
-    model: the contender's, where it was loaded before; it is not changed. Raises ValueError that says why for what
-    cannot be run here.
+    model: the contender's, where it was loaded before; it is not changed. networks: those of ours that were prepared
+    before, which one at another point is run with, and where a new one is kept. Raises ValueError that says why for
+    what cannot be run here.
     """
     model = load_model(contender.source, contender.overrides) if model is None else model
     if contender.implementation in PEERS:
         return _peer(contender, setting, model)
-    return _ours(contender, _network(contender, setting, model))
+    networks = {} if networks is None else networks
+    at_any_point = replace(contender, name="", point="", compiled=False)
+    if at_any_point not in networks:
+        networks[at_any_point] = _network(contender, setting, model)
+    return _ours(contender, networks[at_any_point])
 
 
 def _peer(contender: Contender, setting: Setting, model: CtcModel) -> Callable[[Tensor], Tensor]:
@@ -321,19 +331,12 @@ def _build_all(contenders: Sequence[Contender], setting: Setting) -> Tuple[Dict[
         if source not in models:
             models[source] = load_model(*source)
         model = models[source]
-        point = OperatingPoint.parse(contender.point) if contender.point else model.point
+        point = _point(contender) or model.point
         macs = setting.batch_size * sum(
             count_macs(model.config, _samples(model, setting), point, len(model.symbols)).values()
         )
         try:
-            if contender.implementation in PEERS:
-                run = _peer(contender, setting, model)
-            else:
-                at_any_point = replace(contender, name="", point="", compiled=False)
-                if at_any_point not in networks:
-                    networks[at_any_point] = _network(contender, setting, model)
-                run = _ours(contender, networks[at_any_point])
-            call = functools.partial(run, _wave(model, setting))
+            call = functools.partial(build(contender, setting, model, networks), _wave(model, setting))
             if contender.compiled:
                 _require_compilable(call)
         except ValueError as error:

@@ -103,5 +103,5 @@ def _checkpoint_subject(path: str, changes: Dict[str, str]) -> ConfiguredSubject
     keeps_heads = bool(state["cfg"].model.get("keep_pretraining_heads", False))
     changes = _with_causal_positions(encoder.cfg.model, changes)
     model = apply_overrides(encoder.cfg.model, changes)
-    rate = int((encoder.cfg.get("task") or {}).get("sample_rate") or SAMPLE_RATE)
-    return ConfiguredSubject(name, model, vocabulary, keeps_heads, _normalizes(encoder.cfg), sample_rate=rate)
+    rate = encoder.sample_rate or SAMPLE_RATE
+    return ConfiguredSubject(name, model, vocabulary, keeps_heads, encoder.normalizes, sample_rate=rate)

@@ -224,10 +224,9 @@ def load_model(source: str, overrides: Sequence[str] = (), point: str = "", name
 
         checkpoint = load_encoder(source)
         backbone = build_backbone(checkpoint, source).eval().requires_grad_(False)
-        own, task = checkpoint.cfg.model.operating_point, checkpoint.cfg.get("task") or {}
+        own = checkpoint.cfg.model.operating_point
         chosen = _point(source, backbone, point or ("" if own == STOCHASTIC else own))
-        rate = int(task.get("sample_rate") or SAMPLE_RATE)
-        return StudiedModel(name, backbone, chosen, bool(task.get("normalize")), rate)
+        return StudiedModel(name, backbone, chosen, checkpoint.normalizes, checkpoint.sample_rate or SAMPLE_RATE)
     subject = load_subject(source, list(overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
