@@ -21,7 +21,9 @@ from ..nn.attention import KeyValue, MultiheadAttention
 from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
 from .cpu import random_tensors
-from .pack import PackedConv1d, PackedConvLayer, PackedFrontend, PackedPositions, Workspace
+from .pack import PackedPositions
+from .packed_frontend import CentredNorm, PackedConvLayer, PackedFrontend, PackedWindows, Workspace
+from .products import PackedConv1d
 from .unsqueeze import WholeUnsqueeze
 
 HALF = torch.bfloat16
@@ -123,18 +125,38 @@ def half_conv(conv: PackedConv1d, rows: int) -> PackedConv1d:
 class HalfConvLayer(PackedConvLayer):
     """PackedConvLayer, but the first, in bfloat16, its LayerNorm in fp32: any floats in, bfloat16 out."""
 
+    prepares = True
+
     def __init__(self, layer: PackedConvLayer):
         nn.Module.__init__(self)
         self.kernel, self.stride = layer.kernel, layer.stride
         self.register_buffer("weight", layer.weight.to(HALF), persistent=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(HALF), persistent=False)
-        self.layer_norm, self.group_norm = layer.layer_norm, None
-        # rounded, they are not quite; and its products are too fast for sums beside them to pay
-        self.centred, self._shared = False, None
+        self.norm = _whole(layer.norm)
+        # its products are too fast for sums beside them to pay
+        self._shared = None
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor], space: Workspace) -> Tensor:
+    def forward(self, x: Tensor, space: Workspace) -> Tensor:
         """(time, in channel) -> (frames, channel)"""
-        return super().forward(x.to(HALF).contiguous(), weight, bias, space)
+        return super().forward(x.to(HALF).contiguous(), space)
+
+
+class HalfWindows(PackedWindows):
+    """PackedWindows in bfloat16, its LayerNorm in fp32: any floats in, bfloat16 out."""
+
+    def __init__(self, layer: PackedWindows, rows: int):
+        nn.Module.__init__(self)
+        self.kernel, self.stride, self.norm = layer.kernel, layer.stride, _whole(layer.norm)
+        self.linear = HalfLinear(layer.linear.unpacked(), rows, HALF, gelu=self.norm is None)
+
+    def forward(self, x: Tensor, space: Workspace) -> Tensor:
+        """(time, in channel) -> (frames, channel)"""
+        return super().forward(x.to(HALF).contiguous(), space)
+
+
+def _whole(norm: Optional[nn.Module]) -> Optional[nn.Module]:
+    """For rows that, rounded, are not quite centred."""
+    return norm.whole if isinstance(norm, CentredNorm) else norm
 
 
 class HalfAttention(MultiheadAttention):
@@ -175,7 +197,9 @@ def half_around_(backbone: Backbone, rows: int) -> None:
             layer.self_attn = HalfAttention(layer.self_attn)
     if isinstance(frontend, PackedFrontend):
         for index in range(1, len(frontend.conv_layers)):
-            frontend.conv_layers[index] = HalfConvLayer(frontend.conv_layers[index])
+            layer = frontend.conv_layers[index]
+            half = HalfWindows(layer, rows) if isinstance(layer, PackedWindows) else HalfConvLayer(layer)
+            frontend.conv_layers[index] = half
     positions, config = encoder.pos_conv, encoder.config
     if isinstance(positions, PackedPositions):
         strides = config.operating_points.squeeze

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.runtime import pack
 from fairseq_w2v2_light.runtime.fourier import FourierConv1d, can_transform, fourier_serves
+from fairseq_w2v2_light.runtime.products import can_convolve
 
 pytestmark = pytest.mark.skipif(not can_transform(), reason="this torch has no Fourier transforms")
-needs_direct = pytest.mark.skipif(not pack._can_convolve(), reason="this torch has no packed convolution")
+needs_direct = pytest.mark.skipif(not can_convolve(), reason="this torch has no packed convolution")
 
 
 def weights(channels, inner, kernel):

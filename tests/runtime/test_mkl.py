@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_w2v2_light.runtime import cpu, mkl, pack
+from fairseq_w2v2_light.runtime import cpu, mkl, products
 from fairseq_w2v2_light.runtime.mkl import MklWeight, mkl_serves
-from fairseq_w2v2_light.runtime.pack import PackedLinear
+from fairseq_w2v2_light.runtime.products import PackedLinear
 
 
 def has_mkl():
@@ -92,7 +92,7 @@ def test_many_threads_have_onednn(intel):
 
 
 def test_other_cpus_have_onednn(monkeypatch):
-    for module in (mkl, pack):
+    for module in (mkl, products):
         monkeypatch.setattr(module, "multiplies_by_mkl", lambda: False)
     assert not mkl_serves(512, 640)
     for outputs, inputs in ((512, 640), (40, 64)):
@@ -104,7 +104,7 @@ def test_other_cpus_have_onednn(monkeypatch):
 
 
 def test_small_linears_are_torchs_own_product_on_intels_cpus(monkeypatch):
-    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: True)
+    monkeypatch.setattr(products, "multiplies_by_mkl", lambda: True)
     weight, bias = random_linear(40, 64)
     packed = PackedLinear(weight, bias, 20)
     assert packed.plain is not None and packed.packed is None

@@ -12,7 +12,7 @@ from fairseq_w2v2_light.nn.attention import MultiheadAttention
 from fairseq_w2v2_light.nn.frontend import frame_lengths, receptive_field
 from fairseq_w2v2_light.nn.positions import ConvPositions
 from fairseq_w2v2_light.nn.streaming import Stream
-from fairseq_w2v2_light.runtime import mkl, pack
+from fairseq_w2v2_light.runtime import mkl, pack, packed_frontend, products
 from fairseq_w2v2_light.runtime.ctc import CtcModel
 
 
@@ -64,6 +64,15 @@ def can_pack():
 
 
 needs_product = pytest.mark.skipif(not can_pack(), reason="this torch has no packed product")
+
+
+@pytest.fixture(params=(True, False), ids=("Intel's", "others"))
+def cpu(request, monkeypatch):
+    monkeypatch.setattr(packed_frontend, "multiplies_by_mkl", lambda: request.param)
+
+
+# the frontend is laid out in one of two ways
+on_every_cpu = pytest.mark.usefixtures("cpu")
 
 
 # what pruning leaves of 32 hidden channels, 4 heads of 8 and FFNs of 48: one place of the positions is empty
@@ -135,6 +144,7 @@ def test_positions_of_few_frames_use_the_order_of_many(stride, causal):
 
 
 @needs_product
+@on_every_cpu
 @pytest.mark.parametrize("name", CASES)
 def test_the_packed_network_computes_the_same(name):
     model, packed = both(transcriber, **CASES[name])
@@ -152,14 +162,15 @@ def test_the_packed_network_computes_the_same(name):
 
 
 @needs_product
+@on_every_cpu
 @pytest.mark.parametrize("norm", ("layer", "group"))
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("copied", (True, False))
 @pytest.mark.parametrize("frames", (1, 2, 31, 127, 128, 129, 300))
 def test_every_length_gives_the_same_frames(norm, bias, copied, frames, monkeypatch):
     """One frame, whole pieces of the frontend, and one more or less than those; with windows of the wave or without."""
-    monkeypatch.setattr(pack, "PIECE_FRAMES", (32, 128))
-    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
+    monkeypatch.setattr(packed_frontend, "PIECE_FRAMES", (32, 128))
+    monkeypatch.setattr(packed_frontend, "_COPY_LEAST", 1 if copied else 99)
     model, packed = both(network, extractor_norm=norm, conv_bias=bias, chunk_frames=())
     shortest = 30 + (frames - 1) * 20
     for samples in (shortest, shortest + 19):
@@ -170,9 +181,10 @@ def test_every_length_gives_the_same_frames(norm, bias, copied, frames, monkeypa
 
 
 @needs_product
+@on_every_cpu
 @pytest.mark.parametrize("copied", (True, False))
 def test_loud_quiet_and_silent_audio_are_normalised_alike(copied, monkeypatch):
-    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
+    monkeypatch.setattr(packed_frontend, "_COPY_LEAST", 1 if copied else 99)
     model, packed = both(network, extractor_norm="group", chunk_frames=())
     wave = torch.randn(3, 1000) * torch.tensor([[100.0], [1e-4], [0.0]]) + torch.tensor([[50.0], [0.0], [0.0]])
     expected, found = (one.encode(wave)[0].x for one in (model, packed))
@@ -180,11 +192,12 @@ def test_loud_quiet_and_silent_audio_are_normalised_alike(copied, monkeypatch):
 
 
 @needs_product
+@on_every_cpu
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("copied", (True, False))
 def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias, copied, monkeypatch):
     """Weights, biases and audio with large means: what a LayerNorm takes off is not in the packed weights."""
-    monkeypatch.setattr(pack, "_COPY_LEAST", 1 if copied else 99)
+    monkeypatch.setattr(packed_frontend, "_COPY_LEAST", 1 if copied else 99)
     model, packed = (network(conv_bias=bias, chunk_frames=()) for _ in range(2))
     for one in (model, packed):
         for block in one.feature_extractor.conv_layers:
@@ -192,8 +205,10 @@ def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias, cop
             if bias:
                 block[0].bias.sub_(7.0)
     assert pack.pack_(packed, 12)
-    layers = packed.feature_extractor.conv_layers
-    assert all(layer.centred and float(layer.weight.mean(-1).abs().max()) < 1e-6 for layer in layers)
+    for layer in packed.feature_extractor.conv_layers:
+        assert isinstance(layer.norm, packed_frontend.CentredNorm)
+        weight = layer.weight if hasattr(layer, "weight") else layer.linear.unpacked().weight.t()
+        assert float(weight.mean(-1).abs().max()) < 1e-6
     scale, shift = torch.tensor([[10.0], [1e-3], [1.0], [0.0]]), torch.tensor([[5.0], [0.0], [-2.0], [0.0]])
     wave = torch.randn(4, 900) * scale + shift
     exact = model.double().encode(wave.double())[0].x
@@ -215,12 +230,12 @@ def require_same_frames(model, packed):
 def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
     """As in large networks on Intel's CPUs."""
     monkeypatch.setattr(mkl, "multiplies_by_mkl", lambda: True)
-    monkeypatch.setattr(pack, "_MKL_LEAST", 1)
-    monkeypatch.setattr(pack, "_MKL_LEAST_GELU", 1)
+    monkeypatch.setattr(products, "_MKL_LEAST", 1)
+    monkeypatch.setattr(products, "_MKL_LEAST_GELU", 1)
     if not mkl.mkl_serves(32, 48):
         pytest.skip("a torch without MKL")
     model, packed = both(network, **{"chunk_frames": (), **changes})
-    linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
+    linears = [module for module in packed.modules() if isinstance(module, products.PackedLinear)]
     assert len(linears) > 3 and all(linear.mkl is not None for linear in linears)
     require_same_frames(model, packed)
 
@@ -230,10 +245,10 @@ def test_networks_whose_linears_are_all_mkls(changes, monkeypatch):
 @pytest.mark.parametrize("changes", ({"extractor_norm": "group"}, {"norm_first": True}, {"unique_layers": 1}))
 def test_networks_whose_linears_are_onednns_or_torchs_own(plain, changes, monkeypatch):
     """As small networks on CPUs that are not Intel's, and on those that are."""
-    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: plain)
+    monkeypatch.setattr(products, "multiplies_by_mkl", lambda: plain)
     monkeypatch.setattr(mkl, "multiplies_by_mkl", lambda: False)
     model, packed = both(network, **{"chunk_frames": (), **changes})
-    linears = [module for module in packed.modules() if isinstance(module, pack.PackedLinear)]
+    linears = [module for module in packed.modules() if isinstance(module, products.PackedLinear)]
     assert any(linear.plain is not None for linear in linears) == plain
     require_same_frames(model, packed)
 
@@ -242,11 +257,11 @@ def test_networks_whose_linears_are_onednns_or_torchs_own(plain, changes, monkey
 @pytest.mark.parametrize("rows, by_onednn", [(1, False), (32, False), (33, True), (300, True)])
 def test_few_rows_are_torchs_own_product_with_a_gelu_too(rows, by_onednn, monkeypatch):
     """On Intel's CPUs: oneDNN, whose product has the GELU in it, takes long to start."""
-    monkeypatch.setattr(pack, "multiplies_by_mkl", lambda: True)
-    calls, multiply = [], pack._multiply
-    monkeypatch.setattr(pack, "_multiply", lambda *inputs: calls.append(1) or multiply(*inputs))
+    monkeypatch.setattr(products, "multiplies_by_mkl", lambda: True)
+    calls, multiply = [], products._multiply
+    monkeypatch.setattr(products, "_multiply", lambda *inputs: calls.append(1) or multiply(*inputs))
     linear, x = nn.Linear(48, 80), torch.randn(1, rows, 48)
-    found = pack.PackedLinear(linear.weight, linear.bias, 100, gelu=True)(x)
+    found = products.PackedLinear(linear.weight, linear.bias, 100, gelu=True)(x)
     torch.testing.assert_close(found, F.gelu(linear(x)).detach(), atol=1e-6, rtol=1e-6)
     assert bool(calls) == by_onednn
 
@@ -255,19 +270,20 @@ def test_few_rows_are_torchs_own_product_with_a_gelu_too(rows, by_onednn, monkey
 def test_the_gelu_of_few_values_and_of_many_is_the_exact_one(shape):
     x = 3 * torch.randn(shape)
     expected = F.gelu(x.double()).float()
-    assert pack._gelu_(x) is x
+    assert products.gelu_(x) is x
     torch.testing.assert_close(x, expected, atol=2e-6, rtol=2e-6)
 
 
 @needs_product
 def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
     """4 frames of the first layer to one of the last, 16 channels: 320 values are five frames."""
-    monkeypatch.setattr(pack, "PIECE_VALUES", 320)
-    monkeypatch.setattr(pack, "PIECE_FRAMES", (2, 128))
+    monkeypatch.setattr(packed_frontend, "PIECE_VALUES", 320)
+    monkeypatch.setattr(packed_frontend, "PIECE_FRAMES", (2, 128))
     model, packed = both(network, chunk_frames=())
     lengths, first = [], packed.feature_extractor.conv_layers[0]
-    first.register_forward_pre_hook(
-        lambda layer, inputs: lengths.append(frame_lengths(len(inputs[0]), model.config.conv_layers))
+    convolve = first.convolve
+    first.convolve = lambda x, *others: (
+        lengths.append(frame_lengths(len(x), model.config.conv_layers)) or convolve(x, *others)
     )
     wave = torch.randn(1, 30 + 11 * 20)
     torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
@@ -280,8 +296,9 @@ def test_wide_frontends_are_run_in_shorter_pieces(monkeypatch):
 @pytest.mark.parametrize("after", ("(32, 2, 2)", "(32, 3, 1)", "(32, 3, 2)"))
 def test_layers_of_three_taps_in_pairs_of_frames(norm, bias, after, monkeypatch):
     """As those of 512 channels: even and odd numbers of frames, a single one, several pieces and utterances."""
-    monkeypatch.setattr(pack, "_PAIRS_LEAST", 16)
-    monkeypatch.setattr(pack, "PIECE_FRAMES", (7, 7))
+    monkeypatch.setattr(packed_frontend, "multiplies_by_mkl", lambda: True)
+    monkeypatch.setattr(packed_frontend, "_PAIRS_LEAST", 16)
+    monkeypatch.setattr(packed_frontend, "PIECE_FRAMES", (7, 7))
     layers = f"[(16, 10, 5), (24, 3, 2), (16, 3, 2), (8, 3, 2), (16, 1, 1), (16, 3, 2), {after}]"
     model, packed = both(network, conv_feature_layers=layers, extractor_norm=norm, conv_bias=bias, chunk_frames=())
     convolved = list(packed.feature_extractor.conv_layers)
@@ -302,6 +319,7 @@ def test_layers_of_three_taps_in_pairs_of_frames(norm, bias, after, monkeypatch)
 
 
 @needs_product
+@on_every_cpu
 def test_memory_that_calls_share_mixes_nothing_up():
     """Calls in and outside of inference mode, of any length, and several at the same time."""
     model, packed = both(network, extractor_norm="group", chunk_frames=())
@@ -323,6 +341,7 @@ def test_memory_that_calls_share_mixes_nothing_up():
 
 
 @needs_product
+@on_every_cpu
 def test_audio_that_is_a_view_is_read_as_it_stands():
     model, packed = both(network)
     wave = torch.randn(1300, 2).t()
@@ -330,6 +349,7 @@ def test_audio_that_is_a_view_is_read_as_it_stands():
 
 
 @needs_product
+@on_every_cpu
 def test_lengths_in_any_order_are_computed_alike():
     """oneDNN orders weights for one length; later ones must not depend on the first."""
     model, packed = both(network, squeeze_factors=(1, 2), chunk_frames=())
@@ -341,6 +361,7 @@ def test_lengths_in_any_order_are_computed_alike():
 
 
 @needs_product
+@on_every_cpu
 def test_padding_may_hold_anything_finite():
     model, packed = both(network, extractor_norm="group", chunk_frames=())
     wave, lengths = torch.randn(2, 1300), torch.tensor([1300, 700])
@@ -351,6 +372,7 @@ def test_padding_may_hold_anything_finite():
 
 
 @needs_product
+@on_every_cpu
 def test_a_second_packing_changes_nothing():
     model, packed = both(network, squeeze_factors=(1, 2), chunk_frames=())
     modules = list(packed.modules())
@@ -360,6 +382,16 @@ def test_a_second_packing_changes_nothing():
 
 
 @needs_product
+def test_a_packed_network_stays_in_evaluation():
+    """Without the dropout of training, which new modules begin with."""
+    model, packed = both(transcriber, dropout=0.5, attention_dropout=0.5, chunk_frames=())
+    assert not any(module.training for module in packed.modules())
+    wave = torch.randn(1, 1300)
+    torch.testing.assert_close(packed(wave)[0], model(wave)[0], atol=1e-5, rtol=1e-5)
+
+
+@needs_product
+@on_every_cpu
 def test_a_packed_stream_gives_the_frames_of_the_whole_utterance():
     model, packed = both(network)
     stream = Stream(packed, OperatingPoint(chunk=12))
@@ -427,14 +459,14 @@ def test_other_dtypes_stay_as_they_are(change):
 
 
 def test_a_torch_without_the_product_changes_nothing(monkeypatch):
-    monkeypatch.setattr(pack, "_can_pack", lambda: False)
+    monkeypatch.setattr(pack, "can_multiply", lambda: False)
     model = network()
     assert not pack.pack_(model, 12)
     assert isinstance(model.encoder.layers[0].fc1, nn.Linear)
 
 
 def test_a_torch_without_the_convolution_packs_the_rest(monkeypatch):
-    monkeypatch.setattr(pack, "_can_convolve", lambda: False)
+    monkeypatch.setattr(pack, "can_convolve", lambda: False)
     model, packed = both(network)
     assert isinstance(packed.encoder.pos_conv, ConvPositions)
     wave = torch.randn(1, 1300)

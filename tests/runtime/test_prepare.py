@@ -11,11 +11,12 @@ from fairseq_w2v2_light.export.folder import export_folder
 from fairseq_w2v2_light.nn.frontend import receptive_field
 from fairseq_w2v2_light.nn.operating_point import OperatingPoint
 from fairseq_w2v2_light.nn.streaming import Stream
-from fairseq_w2v2_light.runtime import half, prepare
+from fairseq_w2v2_light.runtime import half, packed_frontend, prepare
 from fairseq_w2v2_light.runtime.folder import write_folder
 from fairseq_w2v2_light.runtime.load import load_ctc
-from fairseq_w2v2_light.runtime.pack import PackedConv1d, PackedFrontend
+from fairseq_w2v2_light.runtime.packed_frontend import PackedFrontend
 from fairseq_w2v2_light.runtime.prepare import prepare_
+from fairseq_w2v2_light.runtime.products import PackedConv1d
 from fairseq_w2v2_light.runtime.quantized import QuantizedLinear, quantize_
 from fairseq_w2v2_light.runtime.streaming import StreamingRecognizer
 
@@ -95,23 +96,29 @@ def test_a_stream_gives_the_frames_of_the_whole_utterance(models, dtype):
     assert (found - expected.x).square().mean().sqrt() <= TOLERANCES[dtype] * expected.x.std()
 
 
+@pytest.mark.parametrize("intel", (True, False))
 @pytest.mark.parametrize("kind", ("base", "large"))
 @pytest.mark.parametrize("dtype", ("float32", "int8", "bfloat16"))
-def test_products_of_bfloat16_see_few_lengths(models, dtype, kind):
-    """oneDNN prepares itself for every one."""
+def test_products_of_onednn_see_few_lengths(models, dtype, kind, intel, monkeypatch):
+    """It prepares itself for every one."""
+    monkeypatch.setattr(packed_frontend, "multiplies_by_mkl", lambda: intel)
     exact, model = models(kind), models(kind)
     prepare_(model, dtype, rows=20)
     if not isinstance(model.backbone.feature_extractor, PackedFrontend):
         pytest.skip("this torch has no packed product")
-    halved = isinstance(model.backbone.feature_extractor.conv_layers[1], half.HalfConvLayer)
+    second = model.backbone.feature_extractor.conv_layers[1]
+    by_onednn = isinstance(second, (half.HalfConvLayer, packed_frontend.PackedWindows))
+    assert isinstance(second, packed_frontend.PackedWindows) != intel
     last, lengths = model.backbone.feature_extractor.conv_layers[-1], []
     last.register_forward_hook(lambda layer, inputs, output: lengths.append(len(output)))
     field, hop = receptive_field(model.config.conv_layers)
-    for frames in (*range(1, 40), 127, 128, 129, 140):
+    asked = (*range(1, 40), 127, 128, 129, 140)
+    for frames in asked:
         wave, _ = random_audio((frames - 1) * hop + field)
         logits, expected = model(wave)[0], exact(wave)[0]
         assert (logits - expected).norm() <= TOLERANCES[dtype] * expected.norm(), frames
-    assert all(length % (8 if length <= 128 else 16) == 0 for length in lengths) == halved
+    few = [*range(1, 9), *range(12, 33, 4), 40, 128, 128, 144, 144]
+    assert sorted(set(lengths)) == (sorted(set(few)) if by_onednn else sorted(asked))
 
 
 def test_the_dtype_of_a_folder_is_that_it_runs_in(tmp_path, monkeypatch):
