@@ -22,7 +22,7 @@ from ..nn.backbone import Backbone
 from ..nn.gating import NO_LAYER_GATES, LayerGates
 from .cpu import random_tensors
 from .pack import PackedPositions
-from .packed_frontend import CentredNorm, PackedConvLayer, PackedFrontend, PackedWindows, Workspace
+from .packed_frontend import CentredNorm, FusedConvLayer, PackedConvLayer, PackedFrontend, Workspace
 from .products import PackedConv1d
 from .unsqueeze import WholeUnsqueeze
 
@@ -141,13 +141,13 @@ class HalfConvLayer(PackedConvLayer):
         return super().forward(x.to(HALF).contiguous(), space)
 
 
-class HalfWindows(PackedWindows):
-    """PackedWindows in bfloat16, its LayerNorm in fp32: any floats in, bfloat16 out."""
+class HalfFusedConvLayer(FusedConvLayer):
+    """FusedConvLayer in bfloat16, its LayerNorm in fp32: any floats in, bfloat16 out."""
 
-    def __init__(self, layer: PackedWindows, rows: int):
+    def __init__(self, layer: FusedConvLayer, rows: int):
         nn.Module.__init__(self)
         self.kernel, self.stride, self.norm = layer.kernel, layer.stride, _whole(layer.norm)
-        self.linear = HalfLinear(layer.linear.unpacked(), rows, HALF, gelu=self.norm is None)
+        self.product = HalfLinear(layer.as_linear(), rows, HALF, gelu=self.norm is None)
 
     def forward(self, x: Tensor, space: Workspace) -> Tensor:
         """(time, in channel) -> (frames, channel)"""
@@ -198,7 +198,7 @@ def half_around_(backbone: Backbone, rows: int) -> None:
     if isinstance(frontend, PackedFrontend):
         for index in range(1, len(frontend.conv_layers)):
             layer = frontend.conv_layers[index]
-            half = HalfWindows(layer, rows) if isinstance(layer, PackedWindows) else HalfConvLayer(layer)
+            half = HalfFusedConvLayer(layer, rows) if isinstance(layer, FusedConvLayer) else HalfConvLayer(layer)
             frontend.conv_layers[index] = half
     positions, config = encoder.pos_conv, encoder.config
     if isinstance(positions, PackedPositions):

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ..nn.frontend import ChannelLayerNorm, ConvBlock, Frontend, TimeGroupNorm, frame_lengths, receptive_field
 from ..nn.norms import LayerNorm
 from .cpu import multiplies_by_mkl
-from .products import PackedLinear, copied, gelu_
+from .products import PackedConv1d, PackedLinear, copied, gelu_, linear_of
 
 # the fewest channels in and out of a layer of three taps and stride 2 that is faster in pairs of frames
 _PAIRS_LEAST = 512
 # the fewest channels of a first layer for which copied windows are faster
 _COPY_LEAST = 32
+# the bytes after which a cache's first level begins again
+_SAME_PLACES = 4096
 # frames of the frontend at a time, fewest and most: 2.56 s, where its first layer has 512 channels, to 10.24 s
 PIECE_FRAMES = (128, 512)
 # what the first layer makes of a piece: 16 MiB
@@ -37,7 +39,7 @@ class PackedFrontend(Frontend):
         self.shapes, self.padding = frontend.shapes, frontend.padding
         first, *others = map(PackedConvLayer, frontend.conv_layers)
         if not multiplies_by_mkl():
-            others = [PackedWindows(layer, rows) for layer in others]
+            others = [FusedConvLayer(layer, rows) for layer in others]
         self.conv_layers = nn.ModuleList([first, *others])
         self._idle: List[Workspace] = []  # one for each thread that ever was here at the same time
 
@@ -227,11 +229,12 @@ class PackedConvLayer(nn.Module):
         return (self.weight * scale).float(), (norm.bias - scale * (mean @ kernel)).float()
 
 
-class PackedWindows(nn.Module):
-    """ConvBlock over (time, channel) as one product with what each frame hears, its GELU in it where no norm is.
+class FusedConvLayer(nn.Module):
+    """ConvBlock over (time, channel) as one convolution of oneDNN's, its GELU in it where no norm is.
 
-    For CPUs whose products in torch are not MKL's: there the two products of a PackedConvLayer take up to twice as long
-    as one of oneDNN's and the copy that it needs of windows which overlap.
+    For CPUs whose products in torch are not MKL's: there the two products of a PackedConvLayer take up to half as long
+    again. Where a stride is a multiple of 4 KiB, frames share a few places of the cache, and what each of them hears is
+    copied and multiplied.
     """
 
     prepares = True
@@ -239,16 +242,33 @@ class PackedWindows(nn.Module):
     def __init__(self, layer: PackedConvLayer, rows: int):
         super().__init__()
         self.kernel, self.stride, self.norm = layer.kernel, layer.stride, layer.norm
-        self.linear = PackedLinear(layer.weight.flatten(0, 1).t(), layer.bias, rows, gelu=self.norm is None)
+        weight, gelu = layer.weight.permute(2, 1, 0), self.norm is None
+        apart = self.stride * weight.size(1) * weight.element_size() % _SAME_PLACES
+        if self.kernel != self.stride and apart:
+            self.product = PackedConv1d(weight, layer.bias, gelu=gelu)
+        else:
+            self.product = PackedLinear(weight.transpose(1, 2).flatten(1), layer.bias, rows, gelu)
 
     def forward(self, x: Tensor, space: Workspace) -> Tensor:
         """(time, in channel), contiguous -> (frames, channel)."""
+        if isinstance(self.product, PackedConv1d):
+            y = self.product(x.unsqueeze(0), self.stride)[0]
+        else:
+            y = self.product(self._windows(x, space))
+        return y if self.norm is None else gelu_(self.norm(y))
+
+    def _windows(self, x: Tensor, space: Workspace) -> Tensor:
+        """What each frame hears: (frames, kernel * in channel)."""
         frames, channels = (x.size(0) - self.kernel) // self.stride + 1, x.size(1)
         heard = _rows(x, frames, self.stride * channels, self.kernel * channels, 0)
-        if self.kernel != self.stride:
-            heard = space.scratch(x, *heard.shape).copy_(heard)
-        y = self.linear(heard)
-        return y if self.norm is None else gelu_(self.norm(y))
+        return heard if self.kernel == self.stride else space.scratch(x, *heard.shape).copy_(heard)
+
+    def as_linear(self) -> nn.Linear:
+        """Without the norm and the GELU, of windows."""
+        if isinstance(self.product, PackedLinear):
+            return self.product.unpacked()
+        weight = self.product.weight.squeeze(2).transpose(1, 2).flatten(1)
+        return linear_of(weight, self.product.bias)
 
 
 class CentredNorm(nn.Module):

@@ -58,11 +58,16 @@ class PackedLinear(nn.Module):
             weight = _multiply(torch.eye(self._inputs), self.packed, None, gelu=False).t()
         else:
             weight = self.plain if self.mkl is None else self.mkl.linear(torch.eye(self._inputs), None).t()
-        linear = nn.utils.skip_init(nn.Linear, *reversed(weight.shape), bias=self.bias is not None)
-        linear.weight.data = weight.contiguous()
-        if self.bias is not None:
-            linear.bias.data = self.bias
-        return linear.requires_grad_(False)
+        return linear_of(weight, self.bias)
+
+
+def linear_of(weight: Tensor, bias: Optional[Tensor]) -> nn.Linear:
+    """nn.Linear with this weight (out, in), which cannot be trained."""
+    linear = nn.utils.skip_init(nn.Linear, *reversed(weight.shape), bias=bias is not None)
+    linear.weight.data = weight.contiguous()
+    if bias is not None:
+        linear.bias.data = bias
+    return linear.requires_grad_(False)
 
 
 def _multiply(x: Tensor, packed: Tensor, bias: Optional[Tensor], gelu: bool) -> Tensor:

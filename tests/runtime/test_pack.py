@@ -66,12 +66,14 @@ def can_pack():
 needs_product = pytest.mark.skipif(not can_pack(), reason="this torch has no packed product")
 
 
-@pytest.fixture(params=(True, False), ids=("Intel's", "others"))
+@pytest.fixture(params=("Intel's", "others", "others, windows copied"))
 def cpu(request, monkeypatch):
-    monkeypatch.setattr(packed_frontend, "multiplies_by_mkl", lambda: request.param)
+    monkeypatch.setattr(packed_frontend, "multiplies_by_mkl", lambda: request.param == "Intel's")
+    if request.param.endswith("copied"):
+        monkeypatch.setattr(packed_frontend, "_SAME_PLACES", 1)
 
 
-# the frontend is laid out in one of two ways
+# the layers of the frontend are laid out in one of three ways
 on_every_cpu = pytest.mark.usefixtures("cpu")
 
 
@@ -207,7 +209,7 @@ def test_what_all_channels_have_in_common_is_no_matter_to_a_layer_norm(bias, cop
     assert pack.pack_(packed, 12)
     for layer in packed.feature_extractor.conv_layers:
         assert isinstance(layer.norm, packed_frontend.CentredNorm)
-        weight = layer.weight if hasattr(layer, "weight") else layer.linear.unpacked().weight.t()
+        weight = layer.weight if hasattr(layer, "weight") else layer.as_linear().weight.t()
         assert float(weight.mean(-1).abs().max()) < 1e-6
     scale, shift = torch.tensor([[10.0], [1e-3], [1.0], [0.0]]), torch.tensor([[5.0], [0.0], [-2.0], [0.0]])
     wave = torch.randn(4, 900) * scale + shift

@@ -107,8 +107,8 @@ def test_products_of_onednn_see_few_lengths(models, dtype, kind, intel, monkeypa
     if not isinstance(model.backbone.feature_extractor, PackedFrontend):
         pytest.skip("this torch has no packed product")
     second = model.backbone.feature_extractor.conv_layers[1]
-    by_onednn = isinstance(second, (half.HalfConvLayer, packed_frontend.PackedWindows))
-    assert isinstance(second, packed_frontend.PackedWindows) != intel
+    by_onednn = isinstance(second, (half.HalfConvLayer, packed_frontend.FusedConvLayer))
+    assert isinstance(second, packed_frontend.FusedConvLayer) != intel
     last, lengths = model.backbone.feature_extractor.conv_layers[-1], []
     last.register_forward_hook(lambda layer, inputs, output: lengths.append(len(output)))
     field, hop = receptive_field(model.config.conv_layers)
