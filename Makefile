@@ -5,6 +5,7 @@
 #   ARGS      handed to pytest or the demo
 #   DATA      for `make results`: a fairseq manifest folder with train, valid, test and letter labels
 #   SECOND    and another one, of speech that is harder to learn: models of DATA are trained on, on it
+#   SMOKE     1: `make results` with hardly any training, to outputs/smoke: whether all of it runs
 
 PYTHON ?=
 VENV ?= .venv
@@ -34,31 +35,51 @@ test: venv
 
 # each of these prints its tables and the commands below it; what was trained before is not trained again
 EXAMPLE = "$(VENV)/bin/python" examples
-BENCHMARK = -"$(VENV)/bin/python" benchmarks
-PLAIN = outputs/compare/plain/seed1/finetuned/checkpoint_last.pt
-ON_SECOND = --start outputs/compare --scale 0.2333 \
+PLAIN = $(OUTPUTS)/compare/plain/seed1/finetuned/checkpoint_last.pt
+ON_SECOND = --start $(OUTPUTS)/compare --scale 0.2333 \
     --set "optimization.update_freq=[4]" model.mask_prob=0.1 model.mask_channel_prob=0.05
+ifdef SMOKE
+OUTPUTS = outputs/smoke
+SEEDS = 1
+BENCHMARK = "$(VENV)/bin/python" benchmarks
+COMPARE_LESS = --scale 0.0004 --seeds 1 --points s2q1k2
+DIGITS_LESS = --pretrain-updates 2 --plain-updates 2 --light-updates 2 --specific-updates 2
+DISTILL_LESS = --updates 2 --seeds 1
+STREAMING_LESS = --updates 2 2
+PRUNING_LESS = --updates 2 2
+else
+OUTPUTS = outputs
+SEEDS = 1 2 3
+# a missed limit is printed, and the next one runs
+BENCHMARK = -"$(VENV)/bin/python" benchmarks
+endif
 
 results: results-data venv
-	$(EXAMPLE)/compare/run.py "$(DATA)"
-	test -z "$(SECOND)" || $(EXAMPLE)/compare/run.py "$(SECOND)" --out outputs/compare_second $(ON_SECOND)
-	for seed in 1 2 3; do "$(VENV)/bin/w2v2-light" stability --names shared,unshared --audio "$(DATA)" --split test \
-	    outputs/compare/shared/seed$$seed/finetuned/checkpoint_last.pt \
-	    outputs/compare/plain/seed$$seed/finetuned/checkpoint_last.pt || exit; done
-	$(EXAMPLE)/digits/run.py "$(DATA)"
-	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN)
-	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN)
-	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN)
+	$(EXAMPLE)/compare/run.py "$(DATA)" --out $(OUTPUTS)/compare $(COMPARE_LESS)
+	test -z "$(SECOND)" || \
+	    $(EXAMPLE)/compare/run.py "$(SECOND)" --out $(OUTPUTS)/compare_second $(ON_SECOND) $(COMPARE_LESS)
+	for seed in $(SEEDS); do "$(VENV)/bin/w2v2-light" stability --names shared,unshared --audio "$(DATA)" \
+	    --split test $(OUTPUTS)/compare/shared/seed$$seed/finetuned/checkpoint_last.pt \
+	    $(OUTPUTS)/compare/plain/seed$$seed/finetuned/checkpoint_last.pt || exit; done
+	$(EXAMPLE)/digits/run.py "$(DATA)" --out $(OUTPUTS)/digits $(DIGITS_LESS)
+	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN) --out $(OUTPUTS)/distill $(DISTILL_LESS)
+	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN) --out $(OUTPUTS)/streaming $(STREAMING_LESS)
+	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN) --out $(OUTPUTS)/pruning $(PRUNING_LESS)
+ifdef SMOKE
+	for name in claims inference training quantized huggingface streaming transcription budget lfmmi \
+	    distillation_epoch; do $(BENCHMARK)/$$name.py --smoke || exit; done
+else
 	$(BENCHMARK)/claims.py
 	$(BENCHMARK)/inference.py --models base large sew_tiny digits pruned stochastic_tiny stochastic_base
 	$(BENCHMARK)/training.py
 	$(BENCHMARK)/quantized.py
 	$(BENCHMARK)/huggingface.py base large sew
 	$(BENCHMARK)/streaming.py --minutes 60
-	$(BENCHMARK)/transcription.py --model $(PLAIN) --data outputs/compare/data
+	$(BENCHMARK)/transcription.py --model $(PLAIN) --data $(OUTPUTS)/compare/data
 	$(BENCHMARK)/budget.py
 	$(BENCHMARK)/lfmmi.py --threads 2 --repeats 9 --orders 2
 	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --threads 1 --repeats 2 --utterances 200
+endif
 
 results-data:
 	@test -f "$(DATA)/train.tsv" || { echo "make results DATA=FOLDER: found no '$(DATA)/train.tsv'; FOLDER is a fairseq" \
