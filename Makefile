@@ -38,10 +38,12 @@ EXAMPLE = "$(VENV)/bin/python" examples
 PLAIN = $(OUTPUTS)/compare/plain/seed1/finetuned/checkpoint_last.pt
 ON_SECOND = --start $(OUTPUTS)/compare --scale 0.2333 \
     --set "optimization.update_freq=[4]" model.mask_prob=0.1 model.mask_channel_prob=0.05
+MODELS = base large sew_tiny digits pruned stochastic_tiny stochastic_base
 ifdef SMOKE
 OUTPUTS = outputs/smoke
 SEEDS = 1
 BENCHMARK = "$(VENV)/bin/python" benchmarks
+SMALL = --smoke
 COMPARE_LESS = --scale 0.0004 --seeds 1 --points s2q1k2
 DIGITS_LESS = --pretrain-updates 2 --plain-updates 2 --light-updates 2 --specific-updates 2
 DISTILL_LESS = --updates 2 --seeds 1
@@ -65,21 +67,16 @@ results: results-data venv
 	$(EXAMPLE)/distill/run.py "$(DATA)" --teacher $(PLAIN) --out $(OUTPUTS)/distill $(DISTILL_LESS)
 	$(EXAMPLE)/streaming/run.py "$(DATA)" --teacher $(PLAIN) --out $(OUTPUTS)/streaming $(STREAMING_LESS)
 	$(EXAMPLE)/pruning/run.py "$(DATA)" --checkpoint $(PLAIN) --out $(OUTPUTS)/pruning $(PRUNING_LESS)
-ifdef SMOKE
-	for name in claims inference training quantized huggingface streaming transcription budget lfmmi \
-	    distillation_epoch; do $(BENCHMARK)/$$name.py --smoke || exit; done
-else
-	$(BENCHMARK)/claims.py
-	$(BENCHMARK)/inference.py --models base large sew_tiny digits pruned stochastic_tiny stochastic_base
-	$(BENCHMARK)/training.py
-	$(BENCHMARK)/quantized.py
-	$(BENCHMARK)/huggingface.py base large sew
-	$(BENCHMARK)/streaming.py --minutes 60
-	$(BENCHMARK)/transcription.py --model $(PLAIN) --data $(OUTPUTS)/compare/data
-	$(BENCHMARK)/budget.py
-	$(BENCHMARK)/lfmmi.py --threads 2 --repeats 9 --orders 2
-	$(BENCHMARK)/distillation_epoch.py "$(DATA)" $(PLAIN) --threads 1 --repeats 2 --utterances 200
-endif
+	$(BENCHMARK)/claims.py $(SMALL)
+	$(BENCHMARK)/inference.py $(or $(SMALL),--models $(MODELS))
+	$(BENCHMARK)/training.py $(SMALL)
+	$(BENCHMARK)/quantized.py $(SMALL)
+	$(BENCHMARK)/huggingface.py $(or $(SMALL),base large sew)
+	$(BENCHMARK)/streaming.py $(or $(SMALL),--minutes 60)
+	$(BENCHMARK)/transcription.py $(or $(SMALL),--model $(PLAIN) --data $(OUTPUTS)/compare/data)
+	$(BENCHMARK)/budget.py $(SMALL)
+	$(BENCHMARK)/lfmmi.py $(or $(SMALL),--threads 2 --repeats 9 --orders 2)
+	$(BENCHMARK)/distillation_epoch.py $(or $(SMALL),"$(DATA)" $(PLAIN) --threads 1 --repeats 2 --utterances 200)
 
 results-data:
 	@test -f "$(DATA)/train.tsv" || { echo "make results DATA=FOLDER: found no '$(DATA)/train.tsv'; FOLDER is a fairseq" \
