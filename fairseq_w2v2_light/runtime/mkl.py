@@ -40,8 +40,12 @@ class MklWeight:
     def linear(self, x: Tensor, bias: Optional[Tensor]) -> Tensor:
         """(..., in) -> (..., out), as F.linear."""
         if torch.get_num_threads() > self._packed[1]:
-            self._order(self._product(torch.eye(self.shape[1], dtype=x.dtype, device=x.device), None).t().contiguous())
+            self._order(self.unpacked())
         return self._product(x, bias)
+
+    def unpacked(self) -> Tensor:
+        """The (out, in) weight."""
+        return self._product(torch.eye(self.shape[1]), None).t().contiguous()
 
     def _product(self, x: Tensor, bias: Optional[Tensor]) -> Tensor:
         # of the weight as it was, torch reads the shape alone

@@ -179,7 +179,7 @@ def _pack_children(module: nn.Module, rows: int, convolutions: bool) -> None:
                 setattr(module, name, PackedUnsqueeze(child, rows, module.config.operating_points.squeeze))
         elif isinstance(child, Frontend):
             if not isinstance(child, PackedFrontend):
-                setattr(module, name, PackedFrontend(child, rows))
+                setattr(module, name, PackedFrontend(child, rows, convolutions))
         elif isinstance(child, ConvPositions):
             if convolutions:
                 setattr(module, name, PackedPositions(child))

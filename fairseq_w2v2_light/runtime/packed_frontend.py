@@ -34,12 +34,12 @@ class PackedFrontend(Frontend):
     than the products, and about a thousand are kept.
     """
 
-    def __init__(self, frontend: Frontend, rows: int):
+    def __init__(self, frontend: Frontend, rows: int, convolutions: bool):
         nn.Module.__init__(self)
         self.shapes, self.padding = frontend.shapes, frontend.padding
         first, *others = map(PackedConvLayer, frontend.conv_layers)
         if not multiplies_by_mkl():
-            others = [FusedConvLayer(layer, rows) for layer in others]
+            others = [FusedConvLayer(layer, rows, convolutions) for layer in others]
         self.conv_layers = nn.ModuleList([first, *others])
         self._idle: List[Workspace] = []  # one for each thread that ever was here at the same time
 
@@ -234,17 +234,17 @@ class FusedConvLayer(nn.Module):
 
     For CPUs whose products in torch are not MKL's: there the two products of a PackedConvLayer take up to half as long
     again. Where a stride is a multiple of 4 KiB, frames share a few places of the cache, and what each of them hears is
-    copied and multiplied.
+    copied and multiplied; without `convolutions`, in a torch that has none of oneDNN's, everywhere.
     """
 
     prepares = True
 
-    def __init__(self, layer: PackedConvLayer, rows: int):
+    def __init__(self, layer: PackedConvLayer, rows: int, convolutions: bool):
         super().__init__()
         self.kernel, self.stride, self.norm = layer.kernel, layer.stride, layer.norm
         weight, gelu = layer.weight.permute(2, 1, 0), self.norm is None
         apart = self.stride * weight.size(1) * weight.element_size() % _SAME_PLACES
-        if self.kernel != self.stride and apart:
+        if convolutions and self.kernel != self.stride and apart:
             self.product = PackedConv1d(weight, layer.bias, gelu=gelu)
         else:
             self.product = PackedLinear(weight.transpose(1, 2).flatten(1), layer.bias, rows, gelu)

@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
         if self.packed is not None:
             weight = _multiply(torch.eye(self._inputs), self.packed, None, gelu=False).t()
         else:
-            weight = self.plain if self.mkl is None else self.mkl.linear(torch.eye(self._inputs), None).t()
+            weight = self.plain if self.mkl is None else self.mkl.unpacked()
         return linear_of(weight, self.bias)
 
 

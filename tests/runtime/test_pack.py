@@ -467,10 +467,12 @@ def test_a_torch_without_the_product_changes_nothing(monkeypatch):
     assert isinstance(model.encoder.layers[0].fc1, nn.Linear)
 
 
+@on_every_cpu
 def test_a_torch_without_the_convolution_packs_the_rest(monkeypatch):
     monkeypatch.setattr(pack, "can_convolve", lambda: False)
     model, packed = both(network)
     assert isinstance(packed.encoder.pos_conv, ConvPositions)
+    assert not any(isinstance(module, products.PackedConv1d) for module in packed.modules())
     wave = torch.randn(1, 1300)
     torch.testing.assert_close(packed.encode(wave)[0].x, model.encode(wave)[0].x, atol=1e-5, rtol=1e-5)
 
